@@ -1,0 +1,33 @@
+// The CPU backend's front: one table of kernels per instruction set, chosen when first asked for.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "../params.h"
+
+namespace lminf::cpu {
+
+// How a kernel gets its threads: the caller's pool, so that torch.set_num_threads holds here too.
+struct Threads {
+  int count = 1;
+  // Calls body(begin, end) over disjoint pieces of [0, n), possibly from several threads, and
+  // waits.
+  std::function<void(int64_t n, const std::function<void(int64_t begin, int64_t end)>& body)>
+      parallel_for;
+};
+
+struct Kernels {
+  const char* isa;  // "amx", "avx512_bf16", "avx512", "avx2", "portable"
+  void (*lambda_attn)(const LambdaAttnParams&, const Threads&);
+  void (*lambda_decode)(const LambdaDecodeParams&, const Threads&);
+  void (*clamped_rope)(const ClampedRopeParams&, const Threads&);
+};
+
+// The best table this machine can run, or the one named by the environment variable LMINF_CPU_ISA,
+// which is read at every call so that tests can force each in turn. Throws std::invalid_argument
+// for a name that is unknown, not built, or not supported by this machine; the message lists the
+// names that would work.
+const Kernels& kernels();
+
+}  // namespace lminf::cpu
