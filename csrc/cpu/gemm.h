@@ -101,7 +101,7 @@ inline void block_bf16(int K, const bf16* A, int64_t lda, const bf16* B, int64_t
   for (int k = 0; k < K; k += 2) {
     __m512i b[kCols];
     LMINF_UNROLL
-    for (int c = 0; c < kCols; ++c) b[c] = _mm512_loadu_si512(B + k * ldb + c * 2 * kLanes);
+    for (int c = 0; c < kCols; ++c) b[c] = _mm512_loadu_si512(B + k * 16 + c * ldb);
     LMINF_UNROLL
     for (int r = 0; r < kRows; ++r) {
       int32_t pair;
@@ -130,8 +130,8 @@ struct BlockBf16 {
   int64_t ldc;
   template <int kRows, int kCols>
   void run(int m, int n) const {
-    block_bf16<kAccumulate, kRows, kCols>(K, A + m * lda, lda, B + 2 * n, ldb, C + m * ldc + n,
-                                          ldc);
+    block_bf16<kAccumulate, kRows, kCols>(K, A + m * lda, lda, B + n / 16 * ldb, ldb,
+                                          C + m * ldc + n, ldc);
   }
 };
 
@@ -157,7 +157,7 @@ struct MatrixUnit {
 template <bool kAccumulate, bool kTwoRows, bool kTwoCols>
 inline void tile_block(int K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb, float* C,
                        int64_t ldc) {
-  const int64_t c_bytes = ldc * 4, a_bytes = lda * 2, b_bytes = ldb * 4;
+  const int64_t c_bytes = ldc * 4, a_bytes = lda * 2;
   float* C1 = C + 16 * ldc;
   if (kAccumulate) {
     _tile_loadd(0, C, c_bytes);
@@ -172,10 +172,10 @@ inline void tile_block(int K, const bf16* A, int64_t lda, const bf16* B, int64_t
   }
   for (int k = 0; k < K; k += 32) {
     _tile_loadd(4, A + k, a_bytes);
-    _tile_loadd(6, B + k * ldb, b_bytes);
+    _tile_loadd(6, B + k * 16, 64);
     _tile_dpbf16ps(0, 4, 6);
     if (kTwoCols) {
-      _tile_loadd(7, B + k * ldb + 32, b_bytes);
+      _tile_loadd(7, B + ldb + k * 16, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (kTwoRows) {
@@ -202,14 +202,14 @@ inline void gemm(int M, int N, int K, const bf16* A, int64_t lda, const bf16* B,
     for (; m + 32 <= tiled; m += 32) {
       const bf16* a = A + m * lda;
       float* c = C + m * ldc + n;
-      two_cols ? tile_block<kAccumulate, true, true>(K, a, lda, B + 2 * n, ldb, c, ldc)
-               : tile_block<kAccumulate, true, false>(K, a, lda, B + 2 * n, ldb, c, ldc);
+      two_cols ? tile_block<kAccumulate, true, true>(K, a, lda, B + n / 16 * ldb, ldb, c, ldc)
+               : tile_block<kAccumulate, true, false>(K, a, lda, B + n / 16 * ldb, ldb, c, ldc);
     }
     if (m < tiled) {
       const bf16* a = A + m * lda;
       float* c = C + m * ldc + n;
-      two_cols ? tile_block<kAccumulate, false, true>(K, a, lda, B + 2 * n, ldb, c, ldc)
-               : tile_block<kAccumulate, false, false>(K, a, lda, B + 2 * n, ldb, c, ldc);
+      two_cols ? tile_block<kAccumulate, false, true>(K, a, lda, B + n / 16 * ldb, ldb, c, ldc)
+               : tile_block<kAccumulate, false, false>(K, a, lda, B + n / 16 * ldb, ldb, c, ldc);
     }
   }
   for_each_block(M - tiled, N,

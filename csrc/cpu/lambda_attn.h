@@ -29,9 +29,10 @@ struct AttnScratch {
     states.out = memory.take<float>(rows * dim_padded);
     keys = memory.take<E>(dim_padded * kBlockN);
     values = memory.take<E>(dim_padded * kBlockN);
-    scores = memory.take<float>(kBlockM * kBlockN);
-    probs = kInPlace ? reinterpret_cast<E*>(scores) : memory.take<E>(kBlockM * kBlockN);
-    rows_in = memory.take<float>(kLanes * dim_padded);
+    scores = memory.take<float>(kBlockM * kScoreStride);
+    probs = kInPlace ? reinterpret_cast<E*>(scores) : memory.take<E>(kBlockM * kScoreStride);
+    key_rows = memory.take<E>(kLanes * dim_padded);
+    row = memory.take<float>(dim_padded);
     // Tile edges that no key fills keep whatever was packed before; it is multiplied by 0 and must
     // be finite.
     std::memset(keys, 0, dim_padded * kBlockN * sizeof(E));
@@ -42,19 +43,21 @@ struct AttnScratch {
     return TileRotation::bytes(rotary) + Scratch::bytes<E>(rows * dim_padded) +
            Scratch::bytes<float>(rows) + Scratch::bytes<float>(rows * kLanes) +
            Scratch::bytes<float>(rows * dim_padded) + 2 * Scratch::bytes<E>(dim_padded * kBlockN) +
-           Scratch::bytes<float>(kBlockM * kBlockN) + Scratch::bytes<E>(kBlockM * kBlockN) +
-           Scratch::bytes<float>(kLanes * dim_padded);
+           Scratch::bytes<float>(kBlockM * kScoreStride) +
+           Scratch::bytes<E>(kBlockM * kScoreStride) + Scratch::bytes<E>(kLanes * dim_padded) +
+           Scratch::bytes<float>(dim_padded);
   }
 
   Scratch memory;
   TileRotation rotation;
   RowStates states;
-  E* queries;      // [rows][Dp]
-  E* keys;         // packed tile
-  E* values;       // packed tile
-  float* scores;   // [kBlockM][kBlockN]
-  E* probs;        // [kBlockM][kBlockN]
-  float* rows_in;  // [kLanes][Dp] on their way into a tile
+  E* queries;     // [rows][Dp]
+  E* keys;        // packed tile
+  E* values;      // packed tile
+  float* scores;  // [kBlockM][kScoreStride]
+  E* probs;       // [kBlockM][kScoreStride]
+  E* key_rows;    // [kLanes][Dp] on their way into a tile
+  float* row;     // [Dp]
 };
 
 template <typename T>
@@ -146,9 +149,9 @@ class LambdaAttnForward {
       for (int64_t h = 0; h < t.heads; ++h) {
         load_row(
             head<T>(p_.q, p_.q_stride, t.batch, t.head_q + h) + (t.query + n) * p_.q_stride.seq,
-            dim_, s.rows_in, dim_padded_);
-        rotate ? rotate_row(rotary_, cos, sin, s.rows_in) : scale_rotary_dims(rotary_, s.rows_in);
-        store_row(s.rows_in, dim_padded_, s.queries + (n * t.heads + h) * dim_padded_);
+            dim_, s.row, dim_padded_);
+        rotate ? rotate_row(rotary_, cos, sin, s.row) : scale_rotary_dims(rotary_, s.row);
+        store_row(s.row, dim_padded_, s.queries + (n * t.heads + h) * dim_padded_);
       }
     }
   }
@@ -162,7 +165,7 @@ class LambdaAttnForward {
       const int64_t first = source.first + tile * kBlockN;
       const bool finite =
           pack_tile(source, first, intersect(wanted, {first, first + kBlockN}), dim_, dim_padded_,
-                    rotary_, p_.max_distance, s.rotation, s.rows_in, s.keys, s.values);
+                    rotary_, p_.max_distance, s.rotation, s.row, s.key_rows, s.keys, s.values);
       const int64_t rows = t.queries * t.heads;
       for (int64_t row = 0; row < rows; row += kBlockM)
         run_block(t, branch, source.frame, first, finite, row,
@@ -181,17 +184,18 @@ class LambdaAttnForward {
     const int end =
         (static_cast<int>(seen.hi - tile_first) + kColGrain - 1) / kColGrain * kColGrain;
 
+    const Operand<E> keys = keys_from(s.keys, begin, dim_padded_);
     gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
-                dim_padded_, s.keys + kPairs * begin, kBlockN, s.scores + begin, kBlockN);
+                dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride);
 
     int lo[kBlockM], hi[kBlockM];
     float tile_max[kBlockM];
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = t.position + (row0 + r) / t.heads;
-      const Range keys = intersect(branch.visible_keys({i, i + 1}), seen);
-      float* scores = s.scores + r * kBlockN;
-      lo[r] = static_cast<int>(keys.lo - tile_first);
-      hi[r] = static_cast<int>(keys.hi - tile_first);
+      const Range row_sees = intersect(branch.visible_keys({i, i + 1}), seen);
+      float* scores = s.scores + r * kScoreStride;
+      lo[r] = static_cast<int>(row_sees.lo - tile_first);
+      hi[r] = static_cast<int>(row_sees.hi - tile_first);
       if (lo[r] >= hi[r]) continue;
       if (map_.general)
         map_scores(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores, lo[r], hi[r]);
@@ -199,20 +203,20 @@ class LambdaAttnForward {
     }
     for (int64_t r = 0; r < rows; ++r)
       softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
-                              s.scores + r * kBlockN, s.probs + r * kBlockN, lo[r], hi[r], begin,
-                              end, map_.factor, tile_max[r]);
+                              s.scores + r * kScoreStride, s.probs + r * kScoreStride, lo[r], hi[r],
+                              begin, end, map_.factor, tile_max[r]);
 
     if (finite) {
-      gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kBlockN,
-                 s.values + static_cast<int64_t>(begin) * dim_padded_, dim_padded_,
-                 s.states.out + row0 * dim_padded_, dim_padded_);
+      const Operand<E> values = values_from(s.values, begin, dim_padded_);
+      gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kScoreStride,
+                 values.data, values.ld, s.states.out + row0 * dim_padded_, dim_padded_);
       return;
     }
     // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
     for (int64_t r = 0; r < rows; ++r) {
       float* out = s.states.out + (row0 + r) * dim_padded_;
       for (int key = lo[r]; key < hi[r]; ++key) {
-        const float p = to_float(s.probs[r * kBlockN + key]);
+        const float p = to_float(s.probs[r * kScoreStride + key]);
         for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(s.values, dim_padded_, key, d);
       }
     }
@@ -241,8 +245,6 @@ class LambdaAttnForward {
       p_.lse[(t.batch * p_.heads_q + h) * p_.seqlen_q + n] = end.lse;
     }
   }
-
-  static constexpr int kPairs = std::is_same_v<E, float> ? 1 : 2;
 
   const LambdaAttnParams& p_;
   const Rotary& rotary_;

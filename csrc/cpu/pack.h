@@ -1,8 +1,9 @@
 // Key and value tiles in the layouts that gemm.h multiplies by.
 // Included inside namespace lminf::cpu::LMINF_ISA.
 //
-//   keys   : transposed, B of Q Kᵀ:  float [Dp][kBlockN]      bf16 [Dp / 2][kBlockN][2]
-//   values : B of P V:               float [kBlockN][Dp]      bf16 [kBlockN / 2][Dp][2]
+//   keys   : transposed, B of Q Kᵀ:  float [Dp][kBlockN]      bf16 panels [kBlockN / 16][Dp /
+//   2][16][2] values : B of P V:               float [kBlockN][Dp]      bf16 panels [Dp /
+//   16][kBlockN / 2][16][2]
 
 // dst[c][r] = src[r][c] for a square of kLanes x kLanes dwords.
 #if LMINF_LANES == 16
@@ -64,19 +65,37 @@ inline void transpose_square(const uint32_t* src, int64_t lds, uint32_t* dst, in
 #else
 inline void transpose_square(const uint32_t* src, int64_t lds, uint32_t* dst, int64_t ldd) {
   for (int r = 0; r < kLanes; ++r)
-    for (int c = 0; c < kLanes; ++c) dst[c * ldd + r] = src[r * lds + c];
+    for (int c = 0; c < kLanes; ++c) std::memcpy(dst + c * ldd + r, src + r * lds + c, 4);
 }
 #endif
 
-// kLanes finished rows of keys, [kLanes][Dp] floats, into columns of the packed tile.
+// kLanes finished rows of keys, [kLanes][Dp], into columns of the packed tile.
 inline void pack_key_rows(const float* rows, int dim_padded, float* tile, int column) {
   for (int d = 0; d < dim_padded; d += kLanes)
     transpose_square(reinterpret_cast<const uint32_t*>(rows) + d, dim_padded,
                      reinterpret_cast<uint32_t*>(tile) + d * kBlockN + column, kBlockN);
 }
 
-inline void pack_value_row(const float* row, int dim_padded, float* tile, int key) {
-  std::memcpy(tile + key * dim_padded, row, dim_padded * sizeof(float));
+// Values of keys [lo, hi) of a tile into its rows [begin, end), zeros where no key is wanted; `v`
+// is the row of key 0. Returns whether all of them are finite.
+template <typename T>
+inline bool pack_values(const T* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
+                        int dim_padded, float* tile) {
+  uint32_t nonfinite = 0;
+  for (int key = begin; key < end; ++key) {
+    float* row = tile + key * dim_padded;
+    if (key < lo || key >= hi) {
+      std::memset(row, 0, dim_padded * sizeof(float));
+      continue;
+    }
+    load_row(v + key * stride, dim, row, dim_padded);
+    for (int d = 0; d < dim_padded; ++d) {
+      uint32_t bits;
+      std::memcpy(&bits, row + d, 4);
+      nonfinite |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+  }
+  return nonfinite == 0;
 }
 
 inline float packed_value(const float* tile, int dim_padded, int key, int d) {
@@ -84,45 +103,59 @@ inline float packed_value(const float* tile, int dim_padded, int key, int d) {
 }
 
 #if LMINF_BF16
-inline void pack_key_rows(const float* rows, int dim_padded, bf16* tile, int column) {
-  uint32_t pairs[16 * 16];  // two dims a dword
-  for (int d = 0; d < dim_padded; d += 32) {
-    for (int r = 0; r < 16; ++r) {
-      vstore(reinterpret_cast<bf16*>(pairs + r * 16), vload(rows + r * dim_padded + d));
-      vstore(reinterpret_cast<bf16*>(pairs + r * 16 + 8), vload(rows + r * dim_padded + d + 16));
+inline void pack_key_rows(const bf16* rows, int dim_padded, bf16* tile, int column) {
+  const int pairs = dim_padded / 2;  // two dims a dword
+  for (int d = 0; d < pairs; d += 16)
+    transpose_square(reinterpret_cast<const uint32_t*>(rows) + d, pairs,
+                     reinterpret_cast<uint32_t*>(tile) + (column / 16 * pairs + d) * 16, 16);
+}
+
+inline bool pack_values(const bf16* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
+                        int dim_padded, bf16* tile) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 nonfinite = 0;
+  for (int key = begin; key < end; key += 2) {
+    const bf16* even = key >= lo && key < hi ? v + key * stride : nullptr;
+    const bf16* odd = key + 1 >= lo && key + 1 < hi ? v + (key + 1) * stride : nullptr;
+    for (int d = 0; d < dim_padded; d += 16) {
+      const int left = dim - d;
+      const __mmask16 in = left >= 16  ? 0xffff
+                           : left <= 0 ? 0
+                                       : static_cast<__mmask16>((1u << left) - 1);
+      const __m256i a = even ? _mm256_maskz_loadu_epi16(in, even + d) : _mm256_setzero_si256();
+      const __m256i b = odd ? _mm256_maskz_loadu_epi16(in, odd + d) : _mm256_setzero_si256();
+      const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(a),
+                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+      nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
+      _mm512_storeu_si512(tile + d * kBlockN + key * 16, pair);
     }
-    transpose_square(pairs, 16, reinterpret_cast<uint32_t*>(tile) + d / 2 * kBlockN + column,
-                     kBlockN);
   }
+  return nonfinite == 0;
 }
 
-inline void pack_value_row(const float* row, int dim_padded, bf16* tile, int key) {
-  // The other key of the pair keeps its half of each dword.
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(tile) + key / 2 * dim_padded;
-  const int shift = key % 2 * 16;
-  const __m512i keep = _mm512_set1_epi32(static_cast<int>(0xffff0000u >> shift));
-  for (int d = 0; d < dim_padded; d += 16) {
-    const __m512i half =
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16_bits(vload(row + d))), shift);
-    const __m512i other = _mm512_and_si512(_mm512_loadu_si512(pairs + d), keep);
-    _mm512_storeu_si512(pairs + d, _mm512_or_si512(half, other));
-  }
-}
-
-inline float packed_value(const bf16* tile, int dim_padded, int key, int d) {
-  return to_float(tile[(key / 2 * dim_padded + d) * 2 + key % 2]);
+inline float packed_value(const bf16* tile, int /*dim_padded*/, int key, int d) {
+  return to_float(tile[d / 16 * 16 * kBlockN + key / 2 * 32 + d % 16 * 2 + key % 2]);
 }
 #endif
 
-// True if any of the row's values is infinite or NaN.
-inline bool has_nonfinite(const float* row, int dim_padded) {
-  uint32_t found = 0;
-  for (int d = 0; d < dim_padded; ++d) {
-    uint32_t bits;
-    std::memcpy(&bits, row + d, 4);
-    found |= (bits & 0x7f800000u) == 0x7f800000u;
-  }
-  return found != 0;
+// The part of a packed tile from key `begin` on, as an operand of gemm: where it starts and its
+// ldb.
+template <typename E>
+struct Operand {
+  const E* data;
+  int64_t ld;
+};
+
+template <typename E>
+inline Operand<E> keys_from(const E* tile, int begin, int dim_padded) {
+  if constexpr (std::is_same_v<E, float>) return {tile + begin, kBlockN};
+  return {tile + begin * dim_padded, 16 * dim_padded};
+}
+
+template <typename E>
+inline Operand<E> values_from(const E* tile, int begin, int dim_padded) {
+  if constexpr (std::is_same_v<E, float>) return {tile + begin * dim_padded, dim_padded};
+  return {tile + begin * 16, 16 * kBlockN};
 }
 
 // Rotations for the keys of one tile: the angle at the tile's first position, from float64, and the
@@ -167,55 +200,55 @@ struct KeySource {
   KeyFrame frame;
 };
 
+// One key as it will meet the queries, Dp elements of E; `row` is room for Dp floats.
+template <typename T, typename E>
+inline void prepare_key(const T* k, int key, bool rotate, KeyFrame frame, int dim, int dim_padded,
+                        const Rotary& rotary, const TileRotation& r, float* row, E* out) {
+  if (!rotate && std::is_same_v<T, E> && dim == dim_padded) {
+    std::memcpy(out, k, dim * sizeof(E));
+    return;
+  }
+  load_row(k, dim, row, dim_padded);
+  if (rotate && frame == KeyFrame::kMaxDistance) {
+    rotate_row(rotary, r.base_cos, r.base_sin, row);
+  } else if (rotate) {
+    compose_tables(rotary.pairs, r.base_cos, r.base_sin, r.offset_cos + key * rotary.pairs,
+                   r.offset_sin + key * rotary.pairs, r.cos, r.sin);
+    rotate_row(rotary, r.cos, r.sin, row);
+  }
+  store_row(row, dim_padded, out);
+}
+
 // Packs the keys at positions [tile_first, tile_first + kBlockN) of which only `wanted` exist for
-// this task; the others become zeros, whatever memory holds there. Returns whether all values are
-// finite.
+// this task; the others become zeros, whatever memory holds there. `rows` is room for kLanes keys,
+// `row` for one in float. Returns whether all values are finite.
 template <typename T, typename E>
 inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range wanted, int dim,
                       int dim_padded, const Rotary& rotary, int64_t max_distance,
-                      TileRotation& rotation, float* rows, E* k_tile, E* v_tile) {
-  const int lo = static_cast<int>(wanted.lo - tile_first),
-            hi = static_cast<int>(wanted.hi - tile_first);
-  const int pairs = rotary.pairs;
-  if (pairs > 0) {
+                      const TileRotation& rotation, float* row, E* rows, E* k_tile, E* v_tile) {
+  const int lo = static_cast<int>(wanted.lo - tile_first);
+  const int hi = static_cast<int>(wanted.hi - tile_first);
+  if (rotary.pairs > 0) {
     const int64_t base = source.frame == KeyFrame::kMaxDistance ? -max_distance : tile_first;
     rotation_table(base, rotary, rotary.scaling, rotation.base_cos, rotation.base_sin);
   }
-  bool finite = true;
+  const int64_t index0 = tile_first - source.first;  // of the tile's first key; may be negative
   const int begin = lo / kColGrain * kColGrain;
   const int end = (hi + kColGrain - 1) / kColGrain * kColGrain;
   for (int block = begin; block < end; block += kLanes) {
     for (int r = 0; r < kLanes; ++r) {
       const int key = block + r;
-      float* row = rows + r * dim_padded;
+      E* out = rows + r * dim_padded;
       if (key < lo || key >= hi) {
-        std::memset(row, 0, dim_padded * sizeof(float));
+        std::memset(out, 0, dim_padded * sizeof(E));
         continue;
       }
-      const int64_t index = tile_first + key - source.first;
-      load_row(source.k + index * source.k_stride, dim, row, dim_padded);
-      if (pairs == 0 || index < source.n_rotated) continue;
-      if (source.frame == KeyFrame::kMaxDistance) {
-        rotate_row(rotary, rotation.base_cos, rotation.base_sin, row);
-      } else {
-        compose_tables(pairs, rotation.base_cos, rotation.base_sin,
-                       rotation.offset_cos + key * pairs, rotation.offset_sin + key * pairs,
-                       rotation.cos, rotation.sin);
-        rotate_row(rotary, rotation.cos, rotation.sin, row);
-      }
+      const bool rotate = rotary.pairs > 0 && index0 + key >= source.n_rotated;
+      prepare_key(source.k + (index0 + key) * source.k_stride, key, rotate, source.frame, dim,
+                  dim_padded, rotary, rotation, row, out);
     }
     pack_key_rows(rows, dim_padded, k_tile, block);
-    for (int r = 0; r < kLanes; ++r) {
-      const int key = block + r;
-      if (key < lo || key >= hi) {
-        std::memset(rows, 0, dim_padded * sizeof(float));
-      } else {
-        const int64_t index = tile_first + key - source.first;
-        load_row(source.v + index * source.v_stride, dim, rows, dim_padded);
-        finite = finite && !has_nonfinite(rows, dim_padded);
-      }
-      pack_value_row(rows, dim_padded, v_tile, key);
-    }
   }
-  return finite;
+  return pack_values(source.v + index0 * source.v_stride, source.v_stride, lo, hi, begin, end, dim,
+                     dim_padded, v_tile);
 }
