@@ -91,6 +91,13 @@ class LambdaAttnForward {
     });
   }
 
+  // Multiply-adds of a forward at the most.
+  int64_t work() const {
+    const int64_t keys =
+        min64(p_.seqlen_k, min64(p_.window, kUnbounded) + min64(p_.n_global, kUnbounded));
+    return p_.batch * p_.heads_q * p_.seqlen_q * keys * p_.head_dim * 2;
+  }
+
  private:
   void run_task(const AttnTask& t, AttnScratch<E>& s) const {
     const int64_t rows = t.queries * t.heads;

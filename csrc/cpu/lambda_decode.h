@@ -6,54 +6,7 @@
 // are few heads. Each split leaves an unnormalised output with its softmax state; the last pass
 // merges them.
 
-constexpr int kDecodeBlock = 64;              // keys between two softmax steps
 constexpr int64_t kDecodeMinSplitKeys = 256;  // a split shorter than this costs more than it gains
-
-// scores[h][c] = <q[h], k[c]> for n keys; kHeads rows of q at once.
-template <int kHeads, typename K>
-inline void dot_keys(const float* q, int dim_padded, const K* k, int64_t k_stride, int n,
-                     float* scores) {
-  for (int c = 0; c < n; ++c) {
-    Vec acc[kHeads];
-    LMINF_UNROLL
-    for (int h = 0; h < kHeads; ++h) acc[h] = vset(0.0f);
-    for (int d = 0; d < dim_padded; d += kLanes) {
-      const Vec key = vload(k + c * k_stride + d);
-      LMINF_UNROLL
-      for (int h = 0; h < kHeads; ++h) acc[h] = vfma(key, vload(q + h * dim_padded + d), acc[h]);
-    }
-    LMINF_UNROLL
-    for (int h = 0; h < kHeads; ++h) scores[h * kDecodeBlock + c] = vreduce_add(acc[h]);
-  }
-}
-
-// out[h] += sum_c probs[h][c] v[c] for n keys.
-template <int kHeads, typename V>
-inline void add_values(const float* probs, const V* v, int64_t v_stride, int n, int dim_padded,
-                       float* out) {
-  for (int d = 0; d < dim_padded; d += kLanes) {
-    Vec acc[kHeads];
-    LMINF_UNROLL
-    for (int h = 0; h < kHeads; ++h) acc[h] = vload(out + h * dim_padded + d);
-    for (int c = 0; c < n; ++c) {
-      const Vec value = vload(v + c * v_stride + d);
-      LMINF_UNROLL
-      for (int h = 0; h < kHeads; ++h)
-        acc[h] = vfma(vset(probs[h * kDecodeBlock + c]), value, acc[h]);
-    }
-    LMINF_UNROLL
-    for (int h = 0; h < kHeads; ++h) vstore(out + h * dim_padded + d, acc[h]);
-  }
-}
-
-// Calls f(first head, how many as a constant) over `heads` in the largest steps there are.
-template <typename F>
-inline void for_head_groups(int heads, const F& f) {
-  int h = 0;
-  for (; h + 8 <= heads; h += 8) f(h, std::integral_constant<int, 8>{});
-  for (; h + 4 <= heads; h += 4) f(h, std::integral_constant<int, 4>{});
-  for (; h < heads; ++h) f(h, std::integral_constant<int, 1>{});
-}
 
 template <typename T>
 class LambdaDecodeStep {
@@ -64,6 +17,7 @@ class LambdaDecodeStep {
         dim_(static_cast<int>(params.head_dim)),
         dim_padded_((dim_ + kLanes - 1) / kLanes * kLanes),
         group_(static_cast<int>(params.heads_q / params.heads_kv)) {
+    in_bf16_ = LMINF_BF16 && std::is_same_v<T, bf16> && dim_ % 32 == 0;
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
@@ -73,29 +27,39 @@ class LambdaDecodeStep {
   void run(const Threads& threads) const {
     append();
     const int64_t pairs = p_.batch * p_.heads_kv;  // of a row and a key head
-    const int64_t longest = min64(p_.window, p_.capacity);
     const int64_t splits =
-        max64(1, min64((4 * threads.count + pairs - 1) / pairs, longest / kDecodeMinSplitKeys));
+        max64(1, min64((4 * threads.count + pairs - 1) / pairs, p_.window / kDecodeMinSplitKeys));
     const int64_t items = pairs * splits;
     Scratch partial(Scratch::bytes<float>(items * group_) +
                     Scratch::bytes<float>(items * group_ * kLanes) +
-                    Scratch::bytes<float>(items * group_ * dim_padded_));
+                    Scratch::bytes<float>(items * group_ * dim_padded_) +
+                    Scratch::bytes<std::atomic<int64_t>>(pairs));
     RowStates all;
     all.max = partial.take<float>(items * group_);
     all.sum = partial.take<float>(items * group_ * kLanes);
     all.out = partial.take<float>(items * group_ * dim_padded_);
+    auto* unfinished = partial.take<std::atomic<int64_t>>(pairs);  // splits of each pair
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      new (unfinished + pair) std::atomic<int64_t>(splits);
 
     const int64_t workers = std::min<int64_t>(threads.count, items);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
       ItemScratch s(*this);
-      for (int64_t worker = begin; worker < end; ++worker)
-        for (int64_t item; (item = next.fetch_add(1)) < items;)
-          attend(item / splits, item % splits, splits, rows_of(all, item), s);
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (int64_t item; (item = next.fetch_add(1)) < items;) {
+          const int64_t pair = item / splits;
+          attend(pair, item % splits, splits, rows_of(all, item), s);
+          // Whoever finishes the last split of a pair merges them.
+          if (unfinished[pair].fetch_sub(1) == 1) combine(pair, splits, all);
+        }
+      }
     });
-    threads.parallel_for(pairs, [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) combine(pair, splits, all);
-    });
+  }
+
+  // Multiply-adds of a step at the most.
+  int64_t work() const {
+    return p_.batch * p_.heads_q * min64(p_.window, p_.capacity) * p_.head_dim * 2;
   }
 
  private:
@@ -103,20 +67,26 @@ class LambdaDecodeStep {
     explicit ItemScratch(const LambdaDecodeStep& step)
         : memory(2 * Scratch::bytes<float>(step.rotary_.pairs) +
                  2 * Scratch::bytes<float>(step.group_ * step.dim_padded_) +
+                 Scratch::bytes<bf16>(step.group_ * step.dim_padded_) +
                  Scratch::bytes<float>(step.group_ * kDecodeBlock) +
+                 Scratch::bytes<bf16>(step.group_ * kDecodeBlock) +
                  2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_)) {
       cos = memory.take<float>(step.rotary_.pairs);
       sin = memory.take<float>(step.rotary_.pairs);
       q_raw = memory.take<float>(step.group_ * step.dim_padded_);
       q_rot = memory.take<float>(step.group_ * step.dim_padded_);
+      q_rot_bf16 = memory.take<bf16>(step.group_ * step.dim_padded_);
       scores = memory.take<float>(step.group_ * kDecodeBlock);
+      probs_bf16 = memory.take<bf16>(step.group_ * kDecodeBlock);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
       v_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
     }
     Scratch memory;
     float *cos, *sin;        // [pairs]
     float *q_raw, *q_rot;    // [group][Dp]
-    float* scores;           // [group][kDecodeBlock]
+    bf16* q_rot_bf16;        // [group][Dp], where the products are in bf16
+    float* scores;           // [group][kDecodeBlock], then the probabilities
+    bf16* probs_bf16;        // [group][kDecodeBlock], where the products are in bf16
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
   };
 
@@ -177,6 +147,7 @@ class LambdaDecodeStep {
       std::memcpy(rot, raw, dim_padded_ * sizeof(float));
       scale_rotary_dims(rotary_, raw);
       rotate_row(rotary_, s.cos, s.sin, rot);
+      if (in_bf16_) store_row(rot, dim_padded_, s.q_rot_bf16 + g * dim_padded_);
     }
 
     const Range self = {position, position + 1};
@@ -211,8 +182,9 @@ class LambdaDecodeStep {
         rotate_row(rotary_, s.cos, s.sin, key);
       }
       const bool far = frame == KeyFrame::kMaxDistance;
-      attend_block(h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_, s.v_rows, dim_padded_, n,
-                   frame, first, position, rows, s);
+      attend_block<DecodeProduct<float>>(h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_,
+                                         s.v_rows, dim_padded_, n, s.scores, frame, first, position,
+                                         rows, s);
     }
   }
 
@@ -224,41 +196,53 @@ class LambdaDecodeStep {
       const int n = static_cast<int>(min64(kDecodeBlock, in_a_row));
       const T* k = at(static_cast<const T*>(p_.ring_k), p_.ring_k_stride, b, h, slot);
       const T* v = at(static_cast<const T*>(p_.ring_v), p_.ring_v_stride, b, h, slot);
-      if (dim_ == dim_padded_) {
-        attend_block(h, s.q_rot, k, p_.ring_k_stride.seq, v, p_.ring_v_stride.seq, n,
-                     KeyFrame::kOwnPosition, first, position, rows, s);
+      const auto attend = [&](auto product, const auto* q, const auto* keys, int64_t k_stride,
+                              const auto* values, int64_t v_stride, auto* probs) {
+        attend_block<decltype(product)>(h, q, keys, k_stride, values, v_stride, n, probs,
+                                        KeyFrame::kOwnPosition, first, position, rows, s);
+      };
+      const int64_t k_stride = p_.ring_k_stride.seq, v_stride = p_.ring_v_stride.seq;
+      if (in_bf16_) {
+#if LMINF_BF16
+        if constexpr (std::is_same_v<T, bf16>)
+          attend(DecodeProductBf16{}, s.q_rot_bf16, k, k_stride, v, v_stride, s.probs_bf16);
+#endif
+      } else if (dim_ == dim_padded_) {
+        attend(DecodeProduct<T>{}, s.q_rot, k, k_stride, v, v_stride, s.scores);
       } else {
         for (int c = 0; c < n; ++c) {
-          load_row(k + c * p_.ring_k_stride.seq, dim_, s.k_rows + c * dim_padded_, dim_padded_);
-          load_row(v + c * p_.ring_v_stride.seq, dim_, s.v_rows + c * dim_padded_, dim_padded_);
+          load_row(k + c * k_stride, dim_, s.k_rows + c * dim_padded_, dim_padded_);
+          load_row(v + c * v_stride, dim_, s.v_rows + c * dim_padded_, dim_padded_);
         }
-        attend_block(h, s.q_rot, s.k_rows, dim_padded_, s.v_rows, dim_padded_, n,
-                     KeyFrame::kOwnPosition, first, position, rows, s);
+        attend(DecodeProduct<float>{}, s.q_rot, s.k_rows, dim_padded_, s.v_rows, dim_padded_,
+               s.scores);
       }
       first += n;
     }
   }
 
-  // n keys at positions first, first + 1, ... that stand `stride` apart.
-  template <typename K>
-  void attend_block(int64_t h, const float* q, const K* k, int64_t k_stride, const K* v,
-                    int64_t v_stride, int n, KeyFrame frame, int64_t first, int64_t position,
-                    const RowStates& rows, ItemScratch& s) const {
+  // n keys at positions first, first + 1, ... that stand `stride` apart. `probs` may be the scores'
+  // own room.
+  template <typename Product, typename K>
+  void attend_block(int64_t h, const typename Product::Operand* q, const K* k, int64_t k_stride,
+                    const K* v, int64_t v_stride, int n, typename Product::Operand* probs,
+                    KeyFrame frame, int64_t first, int64_t position, const RowStates& rows,
+                    ItemScratch& s) const {
     for_head_groups(group_, [&](int g, auto heads) {
-      dot_keys<decltype(heads)::value>(q + g * dim_padded_, dim_padded_, k, k_stride, n,
-                                       s.scores + g * kDecodeBlock);
+      Product::template dot_keys<decltype(heads)::value>(q + g * dim_padded_, dim_padded_, k,
+                                                         k_stride, n, s.scores + g * kDecodeBlock);
     });
     const int end = (n + kLanes - 1) / kLanes * kLanes;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * kDecodeBlock;
       if (map_.general)
         map_scores(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
-      softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, n, 0, end, map_.factor,
-                     row_max(scores, 0, n) * map_.factor);
+      softmax_row<5>(rows, g, dim_padded_, scores, probs + g * kDecodeBlock, 0, n, 0, end,
+                     map_.factor, row_max(scores, 0, n) * map_.factor);
     }
     for_head_groups(group_, [&](int g, auto heads) {
-      add_values<decltype(heads)::value>(s.scores + g * kDecodeBlock, v, v_stride, n, dim_padded_,
-                                         rows.out + g * dim_padded_);
+      Product::template add_values<decltype(heads)::value>(probs + g * kDecodeBlock, v, v_stride, n,
+                                                           dim_padded_, rows.out + g * dim_padded_);
     });
   }
 
@@ -302,5 +286,6 @@ class LambdaDecodeStep {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
-  int group_;  // query heads per key head
+  int group_;     // query heads per key head
+  bool in_bf16_;  // the products over the ring are bf16 dot products
 };

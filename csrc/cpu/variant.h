@@ -12,6 +12,7 @@ namespace lminf::cpu::LMINF_ISA {
 #include "pack.h"
 #include "softmax.h"
 #include "lambda_attn.h"
+#include "decode_dot.h"
 #include "lambda_decode.h"
 #include "clamped_rope.h"
 // clang-format on
@@ -19,6 +20,9 @@ namespace lminf::cpu::LMINF_ISA {
 inline Rotary rotary_of(const RopeParams& rope, const Frequencies& frequencies) {
   return {frequencies.data(), rope.rotary_dim / 2, rope.scaling, rope.interleaved};
 }
+
+// Multiply-adds below which a call takes less time than waking other threads does.
+constexpr int64_t kSerialWork = int64_t{1} << 20;
 
 // Calls f with a value of the element type that `dtype` names.
 template <typename F>

@@ -227,6 +227,49 @@ inline void vstore(f16* p, Vec v) {
 
 #endif
 
+// Lane i of the result is the sum of the lanes of v[i].
+#if LMINF_LANES == 16
+inline Vec vreduce_add_each(const Vec* v) {
+  Vec pairs[8], quads[4];
+  LMINF_UNROLL
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = vadd(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                    _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  LMINF_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] = vadd(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  // Each quad now holds four sums in each 128-bit lane; add the four lanes up.
+  const Vec low = vadd(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
+                       _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+  const Vec high = vadd(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
+                        _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+  return vadd(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
+#elif LMINF_LANES == 8
+inline Vec vreduce_add_each(const Vec* v) {
+  Vec pairs[4], quads[2];
+  LMINF_UNROLL
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = vadd(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                    _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  LMINF_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]);
+    quads[i] = vadd(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                    _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return vadd(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+              _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+}
+#else
+inline Vec vreduce_add_each(const Vec* v) {
+  return Vec{vreduce_add(v[0]), vreduce_add(v[1]), vreduce_add(v[2]), vreduce_add(v[3])};
+}
+#endif
+
 // 2^f - 1 for f in [-0.5, 0.5]. Largest relative error of 2^f by degree: 4: 3e-6, 5: 1e-7, 6: 2e-9.
 template <int kDegree>
 inline Vec vexp2m1_poly(Vec f) {
