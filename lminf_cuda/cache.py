@@ -3,7 +3,8 @@
 Each layer keeps two buffers of fixed size (design.md sections 1 and 2):
 
 - a ring of the last `window` tokens, whose keys carry the rotation of their own position, at slot
-  position % window;
+  position % capacity; its capacity is `window`, and more only where tokens are to be taken back
+  (`LambdaCache.activate_past_recording`, as assisted decoding needs it);
 - the first `n_global` tokens, whose keys are un-rotated, since the distance at which they are met
   is clamped and so changes from query to query.
 
@@ -16,7 +17,7 @@ own tokens: each row's global tokens are its own first ones, and what stands lef
 read.
 
 Letters in shape comments: B batch, Hq and Hkv heads of queries and keys, S new tokens, D head dim,
-W window, G n_global.
+W window, C ring capacity, G n_global.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ __all__ = ["LambdaCache", "LambdaCacheLayer", "LambdaSettings", "LayerSettings"]
 
 # The attribute of a patched module that holds its LambdaSettings.
 SETTINGS_ATTRIBUTE = "_lminf_settings"
+
+ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 
 _patch_ids = itertools.count()
 
@@ -98,10 +101,35 @@ class _Progress:
     Attributes:
         seen: columns of tokens so far, padding included.
         in_forward: whether the forward of a patched model is using the cache.
+        slack: slots of each ring beyond its window.
+        lost: a ring of window W has overwritten the columns below lost - W. Brought up to date by
+            `forget`, before `seen` shrinks or `slack` grows.
     """
 
     seen: int = 0
     in_forward: bool = False
+    slack: int = 0
+    lost: int = 0
+
+    def forget(self) -> None:
+        """Notes what the rings have overwritten so far."""
+        self.lost = max(self.lost, self.seen - self.slack)
+
+
+def _ring_slots(ring: Tensor, positions: Tensor) -> Tensor:
+    """The slots of `positions` [B, n] in a ring [B, H, C, D], as an index [B, H, n, D]."""
+    slots = (positions % ring.shape[2])[:, None, :, None]
+    return slots.expand(-1, ring.shape[1], -1, ring.shape[3])
+
+
+def _pick(ring: Tensor, positions: Tensor) -> Tensor:
+    """What a ring [B, H, C, D] holds of `positions` [B, n]: [B, H, n, D]."""
+    return ring.gather(2, _ring_slots(ring, positions))
+
+
+def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
+    """Writes `new` [B, H, n, D] to the slots of `positions` [B, n], at most C neighbours a row."""
+    ring.scatter_(2, _ring_slots(ring, positions), new)
 
 
 class LambdaCacheLayer(CacheLayerMixin):
@@ -110,7 +138,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     Attributes:
         settings: what the layer attends to.
         progress: shared by the layers of a cache.
-        ring_k, ring_v: [B, Hkv, W, D].
+        ring_k, ring_v: [B, Hkv, C, D].
         global_k, global_v: [B, Hkv, G, D].
     """
 
@@ -126,6 +154,11 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.global_k: Tensor
         self.global_v: Tensor
 
+    @property
+    def capacity(self) -> int:
+        """Slots of the ring."""
+        return self.settings.window + self.progress.slack
+
     def buffers(self) -> list[Tensor]:
         """The tensors that the layer keeps; none before its first use."""
         if not self.is_initialized:
@@ -139,7 +172,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         with torch.inference_mode(False):
             for name, like in (("k", key_states), ("v", values)):
                 batch, heads, _, dim = like.shape
-                ring = like.new_empty((batch, heads, self.settings.window, dim))
+                ring = like.new_empty((batch, heads, self.capacity, dim))
                 first = like.new_empty((batch, heads, self.settings.n_global, dim))
                 setattr(self, f"ring_{name}", ring)
                 setattr(self, f"global_{name}", first)
@@ -211,9 +244,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)
             old = first[:, None] + torch.arange(-n_old, 0, device=q.device)  # [B, n_old]
-            slots = (old % window)[:, None, :, None]
-            old_k = self.ring_k.gather(2, slots.expand(-1, k.shape[1], -1, k.shape[3]))
-            old_v = self.ring_v.gather(2, slots.expand(-1, v.shape[1], -1, v.shape[3]))
+            old_k, old_v = (_pick(ring, old) for ring in (self.ring_k, self.ring_v))
             options = options | {
                 "k_rotated": n_old if settings.rope is not None else 0,
                 "k_start": first - n_old,
@@ -241,13 +272,13 @@ class LambdaCacheLayer(CacheLayerMixin):
             kept.copy_(torch.where(is_new, picked, kept))
 
     def _store_ring(self, k: Tensor, v: Tensor, first: Tensor) -> None:
-        """Rotates the last `window` new keys to their positions and writes them over the oldest.
+        """Rotates the last C new keys to their positions and writes them over the oldest.
 
         Padding lands in slots that the row has not reached yet: they hold nothing, and are not read
         before a token of the row overwrites them.
         """
-        rope, window = self.settings.rope, self.settings.window
-        start = max(k.shape[2] - window, 0)
+        rope = self.settings.rope
+        start = max(k.shape[2] - self.capacity, 0)
         k, v = k[:, :, start:], v[:, :, start:]
         positions = first[:, None] + torch.arange(start, start + k.shape[2], device=k.device)
         if rope is not None:
@@ -258,9 +289,28 @@ class LambdaCacheLayer(CacheLayerMixin):
                 scaling=rope.scaling,
                 interleaved=rope.interleaved,
             )
-        slots = (positions % window)[:, None, :, None]
         for ring, new in ((self.ring_k, k), (self.ring_v, v)):
-            ring.scatter_(2, slots.expand(-1, new.shape[1], -1, new.shape[3]), new)
+            _put(ring, positions, new)
+
+    def grow(self, slack: int, next_positions: Tensor) -> None:
+        """Moves the ring to one of window + slack slots, before `progress.slack` says so.
+
+        Args:
+            slack: more than `progress.slack`.
+            next_positions: int64 [B], tokens of each row so far.
+        """
+        if not self.is_initialized:
+            return
+        n_old = min(self.progress.seen, self.capacity)
+        columns = torch.arange(-n_old, 0, device=self.ring_k.device)
+        positions = next_positions.to(columns.device)[:, None] + columns  # [B, n_old]
+        for name in ("ring_k", "ring_v"):
+            ring = getattr(self, name)
+            batch, heads, _, dim = ring.shape
+            with torch.inference_mode(False):
+                larger = ring.new_empty((batch, heads, self.settings.window + slack, dim))
+            _put(larger, positions, _pick(ring, positions))
+            setattr(self, name, larger)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(Number of keys, index of the first) as seen by a mask: all columns so far."""
@@ -404,10 +454,36 @@ class LambdaCache(Cache):
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers."""
         self._progress.seen = 0
+        self._progress.lost = 0
         self._progress.in_forward = False
         self._unusable = None
         if self.next_positions is not None:
             self.next_positions.zero_()
+
+    def activate_past_recording(self, tokens: int = ROLLBACK) -> None:
+        """From now on keeps what `crop` needs to take back the last `tokens` tokens.
+
+        Each layer's ring gets so many slots more than its window, once. `generate()` asks for as
+        many as assisted decoding drafts.
+
+        Raises:
+            ValueError: tokens < 1.
+        """
+        if tokens < 1:
+            raise ValueError(f"tokens is {tokens}; it must be at least 1")
+        progress = self._progress
+        if tokens <= progress.slack:
+            return
+        progress.forget()
+        if self.next_positions is not None:
+            for layer in self.layers:
+                layer.grow(tokens, self.next_positions)
+        progress.slack = tokens
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: `crop` takes back what `activate_past_recording` asked for."""
+        return True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, unless the ring has overwritten what is then needed.
@@ -419,18 +495,23 @@ class LambdaCache(Cache):
         Raises:
             RuntimeError: a ring has dropped keys that the shorter text needs.
         """
-        seen = self._progress.seen
+        progress = self._progress
+        seen = progress.seen
         n_remove = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
         n_remove = min(n_remove, seen)
+        if n_remove == 0:
+            return
+        progress.forget()
+        window = min(layer.settings.window for layer in self.layers)
         # The next query sees window - 1 earlier keys: a full ring has one to spare.
-        if n_remove > 1 and any(seen > layer.settings.window for layer in self.layers):
-            window = min(layer.settings.window for layer in self.layers)
+        if progress.lost > window and seen - n_remove + 1 < progress.lost:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) removes {n_remove} of {seen} tokens, but the ring of "
-                f"{window} tokens has overwritten keys that are needed then; start again from a "
-                "new LambdaCache, or patch with a larger window"
+                f"{window + progress.slack} tokens has overwritten keys that are needed then; call "
+                f"cache.activate_past_recording({n_remove}) before the tokens come, or start again "
+                "from a new LambdaCache"
             )
-        self._progress.seen -= n_remove
+        progress.seen -= n_remove
         if self.next_positions is not None:
             self.next_positions.sub_(n_remove).clamp_(min=0)
 

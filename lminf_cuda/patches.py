@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
+from .decoding import OVERRIDES, check_cache
 from .rope import IdentityRotary, Rope, snapshot_rope, training_length
 
 __all__ = ["FAMILIES", "Family", "patch_model", "unpatch_model"]
@@ -338,7 +339,8 @@ class _Patch:
         self.overridden: list[tuple[nn.Module, str]] = []
         for module in model.modules():
             if isinstance(module, GenerationMixin):
-                self.override(module, "_prepare_cache_for_generation", _prepare_cache)
+                for name, function in OVERRIDES.items():
+                    self.override(module, name, function)
                 for name in family.plain_methods:
                     self.override(module, name, getattr(GenerationMixin, name))
             if isinstance(module, GenerationMixin) or module in (model, decoder):
@@ -391,7 +393,7 @@ class _Patch:
             if getattr(config, "use_cache", False) if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = LambdaCache(decoder)
         else:
-            _check_cache(cache)
+            check_cache(cache)
         if cache is not None:
             cache.check(self.settings, inputs.shape[0])
         state = _forward_state(
@@ -417,33 +419,6 @@ class _Patch:
             )
         else:
             state.cache.commit(state.first, state.n_tokens, state.is_decode)
-
-
-def _check_cache(cache: Any) -> None:
-    if not isinstance(cache, LambdaCache):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; a patched model takes a LambdaCache: "
-            "leave the argument out, or pass lminf_cuda.LambdaCache(model)"
-        )
-
-
-def _prepare_cache(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> None:
-    """Stands for GenerationMixin._prepare_cache_for_generation: `generate()` gets a LambdaCache."""
-    if generation_config.cache_implementation is not None:
-        raise ValueError(
-            f"cache_implementation is {generation_config.cache_implementation!r}; a patched model "
-            "has its own cache: leave the argument out"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None:
-        _check_cache(cache)
-        type(model)._prepare_cache_for_generation(
-            model, generation_config, model_kwargs, *args, **kwargs
-        )
-    elif generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = LambdaCache(model)
 
 
 def _find_decoder(model: nn.Module) -> tuple[Any, Family]:
