@@ -24,6 +24,8 @@ struct DecodeProductBf16 {
     for (int h = 0; h < heads; ++h) store_row(q + h * dim, dim, out + h * dim);
   }
 
+  void prepare_values(const bf16*, int64_t, int, int) const {}
+
   void scores(const bf16* q, int heads, int dim, const bf16* k, int64_t stride, int n,
               float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
@@ -109,14 +111,12 @@ class DecodeProductBf16 {
   static constexpr int kProbGrain = 32;
   static constexpr int kHeads = 16;
 
-  DecodeProductBf16(Scratch& scratch, int heads, int dim) {
+  DecodeProductBf16(Scratch& scratch, int /*heads*/, int dim) {
     keys_ = scratch.take<bf16>(16 * dim);
     values_ = scratch.take<bf16>(kDecodeBlock * dim);
-    scores_ = scratch.take<float>(kHeads * kDecodeBlock);
+    scores_ = scratch.take<float>(kDecodeBlock * kHeads);
     out_ = scratch.take<float>(kHeads * dim);
-    TileConfig config;
-    // Tiles 6 and 7 hold a row per query head.
-    config.rows[6] = config.rows[7] = static_cast<uint8_t>(std::min(heads, kHeads));
+    const TileConfig config;
     _tile_loadconfig(&config);
   }
   ~DecodeProductBf16() { _tile_release(); }
@@ -140,6 +140,28 @@ class DecodeProductBf16 {
     }
   }
 
+  // values_ = panels [dim / 16][kDecodeBlock / 2][16][2] of pairs of keys, zeros up to a multiple
+  // of 32 keys. Long before add_values: tiles cannot be loaded from stores that are still on their
+  // way.
+  void prepare_values(const bf16* v, int64_t stride, int n, int dim) const {
+    const __m512i none = _mm512_setzero_si512();
+    const int filled = (n + 31) / 32 * 32;
+    bf16* values = values_;
+    for (int c = 0; c < filled; c += 2) {
+      const bf16* even = v + c * stride;
+      const bf16* odd = even + stride;
+      const bool has_even = c < n, has_odd = c + 1 < n;
+      bf16* pair = values + c * 16;
+      for (int d = 0; d < dim; d += 32) {
+        const __m512i a = has_even ? _mm512_loadu_si512(even + d) : none;
+        const __m512i b = has_odd ? _mm512_loadu_si512(odd + d) : none;
+        _mm512_storeu_si512(pair, _mm512_unpacklo_epi16(a, b));
+        _mm512_storeu_si512(pair + kDecodeBlock * 16, _mm512_unpackhi_epi16(a, b));
+        pair += 2 * kDecodeBlock * 16;
+      }
+    }
+  }
+
   void scores(const bf16* q, int heads, int dim, const bf16* k, int64_t stride, int n,
               float* out) const {
     const int whole = n / 16;
@@ -152,32 +174,24 @@ class DecodeProductBf16 {
     for (int h = 0; h < heads; h += kHeads) {
       const bf16* queries = q + h * dim;
       int c = 0;
-      for (; c + 32 <= whole * 16; c += 32)
-        score_tiles<2>(queries, dim, k + c * stride, stride, out + h * kDecodeBlock + c);
-      if (c < whole * 16) {
+      for (; c + 64 <= whole * 16; c += 64)
+        score_tiles<4>(queries, dim, k + c * stride, stride, out + h * kDecodeBlock + c);
+      for (; c < whole * 16; c += 16)
         score_tiles<1>(queries, dim, k + c * stride, stride, out + h * kDecodeBlock + c);
-        c += 16;
-      }
       if (c < n) score_tiles<1>(queries, dim, keys_, dim, out + h * kDecodeBlock + c);
     }
   }
 
-  void add_values(const bf16* probs, int heads, const bf16* v, int64_t stride, int n, int dim,
-                  float* out) const {
-    interleave(v, stride, n, dim);
+  void add_values(const bf16* probs, int heads, const bf16* /*v*/, int64_t /*stride*/, int n,
+                  int dim, float* out) const {
     const __m512i first = unpacked_first(), second = unpacked_second();
-    const int rows = std::min(heads, kHeads);
     for (int h = 0; h < heads; h += kHeads) {
-      for (int panel = 0; panel < dim / 16; ++panel) {
-        _tile_zero(7);
-        for (int c = 0; c < n; c += 32) {
-          _tile_loadd(6, probs + h * kDecodeBlock + c, kDecodeBlock * 2);
-          _tile_loadd(5, values_ + (panel * kDecodeBlock + c) * 16, 64);
-          _tile_dpbf16ps(7, 6, 5);
-        }
-        _tile_stored(7, out_ + panel * 16, dim * 4);
-      }
-      for (int r = 0; r < std::min(rows, heads - h); ++r) {
+      // dim is a multiple of 32, so two panels at a time, four where there are.
+      int panel = 0;
+      for (; panel + 4 <= dim / 16; panel += 4)
+        value_tiles<4>(probs + h * kDecodeBlock, n, dim, panel);
+      for (; panel < dim / 16; panel += 2) value_tiles<2>(probs + h * kDecodeBlock, n, dim, panel);
+      for (int r = 0; r < std::min(kHeads, heads - h); ++r) {
         for (int d = 0; d < dim; d += 32) {
           const Vec low = vload(out_ + r * dim + d), high = vload(out_ + r * dim + d + 16);
           float* row = out + (h + r) * dim + d;
@@ -189,44 +203,74 @@ class DecodeProductBf16 {
   }
 
  private:
+  // Four sums at a time, where there are so many, hide the latency of a product.
   // 16 * kTiles keys against 16 heads, into rows of `out`, one a head.
   template <int kTiles>
   void score_tiles(const bf16* q, int dim, const bf16* k, int64_t stride, float* out) const {
     _tile_zero(0);
-    if (kTiles > 1) _tile_zero(1);
+    if (kTiles == 4) {
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int d = 0; d < dim; d += 32) {
-      _tile_loadd(4, q + d * 16, 64);
-      _tile_loadd(2, k + d, stride * 2);
-      _tile_dpbf16ps(0, 2, 4);
-      if (kTiles > 1) {
-        _tile_loadd(3, k + 16 * stride + d, stride * 2);
-        _tile_dpbf16ps(1, 3, 4);
+      _tile_loadd(7, q + d * 16, 64);
+      _tile_loadd(4, k + d, stride * 2);
+      _tile_dpbf16ps(0, 4, 7);
+      if (kTiles == 4) {
+        _tile_loadd(5, k + 16 * stride + d, stride * 2);
+        _tile_dpbf16ps(1, 5, 7);
+        _tile_loadd(6, k + 32 * stride + d, stride * 2);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(4, k + 48 * stride + d, stride * 2);
+        _tile_dpbf16ps(3, 4, 7);
       }
     }
     _tile_stored(0, scores_, 64);
-    if (kTiles > 1) _tile_stored(1, scores_ + 256, 64);
+    if (kTiles == 4) {
+      _tile_stored(1, scores_ + 256, 64);
+      _tile_stored(2, scores_ + 512, 64);
+      _tile_stored(3, scores_ + 768, 64);
+    }
     for (int t = 0; t < kTiles; ++t)
       transpose_square(reinterpret_cast<const uint32_t*>(scores_ + t * 256), 16,
                        reinterpret_cast<uint32_t*>(out + t * 16), kDecodeBlock);
   }
 
-  // values_ = panels [dim / 16][kDecodeBlock / 2][16][2] of pairs of keys, zeros up to a multiple
-  // of 32 keys.
-  void interleave(const bf16* v, int64_t stride, int n, int dim) const {
-    const __m512i none = _mm512_setzero_si512();
-    for (int c = 0; c < (n + 31) / 32 * 32; c += 2) {
-      for (int d = 0; d < dim; d += 32) {
-        const __m512i even = c < n ? _mm512_loadu_si512(v + c * stride + d) : none;
-        const __m512i odd = c + 1 < n ? _mm512_loadu_si512(v + (c + 1) * stride + d) : none;
-        bf16* pair = values_ + (d / 16 * kDecodeBlock + c) * 16;
-        _mm512_storeu_si512(pair, _mm512_unpacklo_epi16(even, odd));
-        _mm512_storeu_si512(pair + kDecodeBlock * 16, _mm512_unpackhi_epi16(even, odd));
+  // 16 rows of probabilities against the interleaved values of kPanels panels, into out_.
+  template <int kPanels>
+  void value_tiles(const bf16* probs, int n, int dim, int panel) const {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kPanels == 4) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int c = 0; c < n; c += 32) {
+      const bf16* values = values_ + (panel * kDecodeBlock + c) * 16;
+      _tile_loadd(7, probs + c, kDecodeBlock * 2);
+      _tile_loadd(4, values, 64);
+      _tile_dpbf16ps(0, 7, 4);
+      _tile_loadd(5, values + kDecodeBlock * 16, 64);
+      _tile_dpbf16ps(1, 7, 5);
+      if (kPanels == 4) {
+        _tile_loadd(6, values + 2 * kDecodeBlock * 16, 64);
+        _tile_dpbf16ps(2, 7, 6);
+        _tile_loadd(4, values + 3 * kDecodeBlock * 16, 64);
+        _tile_dpbf16ps(3, 7, 4);
       }
+    }
+    float* out = out_ + panel * 16;
+    _tile_stored(0, out, dim * 4);
+    _tile_stored(1, out + 16, dim * 4);
+    if (kPanels == 4) {
+      _tile_stored(2, out + 32, dim * 4);
+      _tile_stored(3, out + 48, dim * 4);
     }
   }
 
   bf16* keys_;     // [16][dim], the last keys of a block
-  bf16* values_;   // see interleave
+  bf16* values_;   // see prepare_values
   float* scores_;  // two tiles, one row a key
   float* out_;     // [16][dim], dims as the unpacking left them
 };

@@ -38,6 +38,8 @@ struct DecodeProduct {
     std::memcpy(out, q, query_size(heads, dim) * sizeof(float));
   }
 
+  void prepare_values(const K*, int64_t, int, int) const {}
+
   void scores(const float* q, int heads, int dim, const K* k, int64_t stride, int n,
               float* out) const {
     for_head_groups(heads, [&](int h, auto count) {

@@ -241,6 +241,7 @@ class LambdaDecodeStep {
                     const K* k, int64_t k_stride, const K* v, int64_t v_stride, int n,
                     typename Product::Operand* probs, KeyFrame frame, int64_t first,
                     int64_t position, const RowStates& rows, ItemScratch& s) const {
+    product.prepare_values(v, v_stride, n, dim_padded_);
     product.scores(q, group_, dim_padded_, k, k_stride, n, s.scores);
     const int end = (n + Product::kProbGrain - 1) / Product::kProbGrain * Product::kProbGrain;
     for (int g = 0; g < group_; ++g) {
