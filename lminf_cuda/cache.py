@@ -8,6 +8,8 @@ Each layer keeps two buffers of fixed size (design.md sections 1 and 2):
 - the first `n_global` tokens, whose keys are un-rotated, since the distance at which they are met
   is clamped and so changes from query to query.
 
+A model patched with `middle_top_k` keeps all keys and values besides (middle.py).
+
 One new token goes through the op lambda_decode, which appends and attends in one step. Several new
 tokens go through lambda_attn over the ring's keys followed by the new ones, and are stored
 afterwards.
@@ -31,6 +33,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops as _ops  # registers torch.ops.lminf  # noqa: F401
+from .middle import MiddleStore, add_middle_tokens
 from .rope import Rope
 
 __all__ = ["LambdaCache", "LambdaCacheLayer", "LambdaSettings", "LayerSettings"]
@@ -52,12 +55,16 @@ class LayerSettings:
         window: so many keys, the query's own included, are seen behind every query.
         max_distance: no larger distance enters a score.
         rope: the layer's rotation, or None for a layer without one.
+        middle_top_k: so many keys of the middle join the last query of a forward; 0 for none.
+        middle_distance: at which they are met.
     """
 
     n_global: int
     window: int
     max_distance: int
     rope: Rope | None
+    middle_top_k: int = 0
+    middle_distance: int = 0
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def options(self, device: torch.device) -> dict[str, Any]:
@@ -80,6 +87,7 @@ class LambdaSettings:
     Attributes:
         n_global, window, max_distance: of the layers that do not slide by themselves.
         layers: one entry per decoder layer.
+        middle_top_k, middle_from_layer, middle_distance: of the middle tokens (middle.py).
         patch_id: tells the caches of one patched model from those of another. A deep copy of the
             model or of a cache keeps it.
     """
@@ -88,10 +96,19 @@ class LambdaSettings:
     window: int
     max_distance: int
     layers: list[LayerSettings]
+    middle_top_k: int = 0
+    middle_from_layer: int = 0
+    middle_distance: int = 0
     patch_id: int = field(default_factory=lambda: next(_patch_ids))
 
     def __str__(self) -> str:
-        return f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+        text = f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+        if self.middle_top_k == 0:
+            return text
+        return (
+            f"{text}, middle_top_k={self.middle_top_k}, "
+            f"middle_from_layer={self.middle_from_layer}, middle_distance={self.middle_distance}"
+        )
 
 
 @dataclass(eq=False)
@@ -140,13 +157,19 @@ class LambdaCacheLayer(CacheLayerMixin):
         progress: shared by the layers of a cache.
         ring_k, ring_v: [B, Hkv, C, D].
         global_k, global_v: [B, Hkv, G, D].
+        middle: all keys and values, in a layer with middle tokens.
+        keep_middle: "device" (of the layer) or "cpu".
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, settings: LayerSettings, progress: _Progress) -> None:
+    def __init__(
+        self, settings: LayerSettings, progress: _Progress, keep_middle: str = "device"
+    ) -> None:
         super().__init__()
+        self.keep_middle = keep_middle
+        self.middle: MiddleStore | None = None
         self.settings = settings
         self.progress = progress
         self.ring_k: Tensor
@@ -163,7 +186,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         """The tensors that the layer keeps; none before its first use."""
         if not self.is_initialized:
             return []
-        return [self.ring_k, self.ring_v, self.global_k, self.global_v]
+        fixed = [self.ring_k, self.ring_v, self.global_k, self.global_v]
+        return fixed if self.middle is None else [*fixed, self.middle.k, self.middle.v]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
@@ -176,6 +200,10 @@ class LambdaCacheLayer(CacheLayerMixin):
                 first = like.new_empty((batch, heads, self.settings.n_global, dim))
                 setattr(self, f"ring_{name}", ring)
                 setattr(self, f"global_{name}", first)
+        if self.settings.middle_top_k:
+            on_cpu = self.keep_middle == "cpu"
+            device = torch.device("cpu") if on_cpu else key_states.device
+            self.middle = MiddleStore(key_states, values, device)
         self.is_initialized = True
 
     def update(
@@ -209,7 +237,7 @@ class LambdaCacheLayer(CacheLayerMixin):
             [B, Hq, 1, D].
         """
         settings = self.settings
-        out, _ = torch.ops.lminf.lambda_decode.default(
+        out, lse = torch.ops.lminf.lambda_decode.default(
             q,
             k,
             v,
@@ -221,6 +249,27 @@ class LambdaCacheLayer(CacheLayerMixin):
             settings.window,
             scale=scale,
             **settings.options(q.device),
+        )
+        return self._with_middle(q, k, v, positions, out, lse, scale)
+
+    def _with_middle(
+        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> Tensor:
+        """Keeps the new keys and values for later, and adds middle tokens to the last query."""
+        if self.middle is None:
+            return out
+        seen, n_new = self.progress.seen, k.shape[2]
+        self.middle.append(k, v, first, seen)
+        kept_k, kept_v = self.middle.held(seen + n_new)
+        out[:, :, -1:] = add_middle_tokens(
+            self.settings,
+            q[:, :, -1:],
+            kept_k,
+            kept_v,
+            out[:, :, -1:],
+            lse[:, :, -1:],
+            first + n_new - 1,
+            scale,
         )
         return out
 
@@ -255,11 +304,11 @@ class LambdaCacheLayer(CacheLayerMixin):
         else:
             options = options | {"k_start": first}
             all_k, all_v = k, v
-        out, _ = torch.ops.lminf.lambda_attn.default(
+        out, lse = torch.ops.lminf.lambda_attn.default(
             q, all_k, all_v, n_global, window, scale=scale, **options
         )
         self._store_ring(k, v, first)
-        return out
+        return self._with_middle(q, k, v, first, out, lse, scale)
 
     def _store_globals(self, k: Tensor, v: Tensor, first: Tensor) -> None:
         """Writes those of the new tokens that stand at positions below n_global."""
@@ -340,10 +389,16 @@ class LambdaCacheLayer(CacheLayerMixin):
                 buffer.copy_(rows)
             else:
                 setattr(self, name, rows)
+        if self.middle is not None:
+            self.middle.select_rows(indices)
 
 
 class LambdaCache(Cache):
     """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
+
+    Only for a model patched with `middle_top_k` it grows: the layers with middle tokens keep all
+    keys and values besides, 2 * key heads * head dim * element size bytes a token and layer (4 KiB
+    for 8 heads of 128 dims in bfloat16), in memory that doubles when it is full.
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
     over several calls (multi-turn chat, chunks of a long text).
@@ -351,14 +406,19 @@ class LambdaCache(Cache):
     Args:
         model: a model patched by `patch_model`, whose settings the cache takes.
         batch_size: rows, known from the first forward on when None.
+        keep_middle: where a model with middle tokens keeps all keys and values: on the "device" of
+            each layer, which is the default, or on the "cpu", where they are then searched, too.
 
     Raises:
-        ValueError: `model` is not patched, or batch_size < 1.
+        ValueError: `model` is not patched, batch_size < 1, or keep_middle is something else or
+            given for a model without middle tokens.
     """
 
     layers: list[LambdaCacheLayer]
 
-    def __init__(self, model: Any, *, batch_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, *, batch_size: int | None = None, keep_middle: str | None = None
+    ) -> None:
         settings = getattr(model, SETTINGS_ATTRIBUTE, None)
         if settings is None:
             raise ValueError(
@@ -367,9 +427,19 @@ class LambdaCache(Cache):
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None")
+        if keep_middle not in (None, "device", "cpu"):
+            raise ValueError(f"keep_middle is {keep_middle!r}; it must be 'device' or 'cpu'")
+        if keep_middle is not None and settings.middle_top_k == 0:
+            raise ValueError(
+                f"keep_middle is {keep_middle!r}, but the model has no middle tokens to keep; "
+                "leave it out, or patch with middle_top_k"
+            )
         self._progress = _Progress()
         super().__init__(
-            layers=[LambdaCacheLayer(layer, self._progress) for layer in settings.layers]
+            layers=[
+                LambdaCacheLayer(layer, self._progress, keep_middle or "device")
+                for layer in settings.layers
+            ]
         )
         self.settings: LambdaSettings = settings
         self._batch_size = batch_size
@@ -392,7 +462,10 @@ class LambdaCache(Cache):
         return all(layer.is_initialized for layer in self.layers)
 
     def memory_bytes(self) -> int:
-        """Bytes of all buffers: 0 before the first forward, and constant from then on."""
+        """Bytes of all buffers: 0 before the first forward, and constant from then on.
+
+        Those of a model with middle tokens grow with the text.
+        """
         return sum(
             buffer.numel() * buffer.element_size()
             for layer in self.layers

@@ -38,4 +38,9 @@ void run(const ClampedRopeParams& params, const Device& device) {
   cpu::kernels().clamped_rope(params, torch_threads());
 }
 
+void run(const MiddleTopkParams& params, const Device& device) {
+  check_cpu(device);
+  cpu::kernels().middle_topk(params, torch_threads());
+}
+
 }  // namespace lminf::binding

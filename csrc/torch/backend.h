@@ -12,5 +12,6 @@ using torch::stable::Device;
 void run(const LambdaAttnParams& params, const Device& device);
 void run(const LambdaDecodeParams& params, const Device& device);
 void run(const ClampedRopeParams& params, const Device& device);
+void run(const MiddleTopkParams& params, const Device& device);
 
 }  // namespace lminf::binding
