@@ -65,6 +65,7 @@ class LambdaAttnForward {
       : p_(params), rotary_(rotary), dim_(static_cast<int>(params.head_dim)) {
     const int grain = std::max(kKGrain<E>, kLanes);
     dim_padded_ = (dim_ + grain - 1) / grain * grain;
+    block_rows_ = p_.window < 4 * kBlockN ? kBlockM / 2 : kBlockM;
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     // A negative scale turns maxima into minima, so it is applied before they are taken.
@@ -81,8 +82,8 @@ class LambdaAttnForward {
     const int64_t slots = TileCache<E>::slots_for(p_.window, plan.queries_per_task(), dim_padded_);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
-      const MatrixUnit matrix_unit;
-      (void)matrix_unit;
+      [[maybe_unused]] const MatrixUnit matrix_unit;
+      [[maybe_unused]] const FlushSubnormals flush_subnormals;
       AttnScratch<E> scratch(plan.rows_per_task(), slots, dim_padded_, rotary_);
       for (int64_t worker = begin; worker < end; ++worker)
         for (int64_t t; (t = next.fetch_add(portion)) < tasks;)
@@ -167,7 +168,9 @@ class LambdaAttnForward {
                   const KeySource<T>& source, AttnScratch<E>& s) const {
     if (branch.empty()) return;
     const TileRanges tiles = key_tiles(branch, positions(t), source.first, kBlockN);
-    for (int64_t index = tiles.begin; index < tiles.end; ++index) {
+    // The latest keys first: with ALiBi they have the largest scores, which then stay the
+    // reference.
+    for (int64_t index = tiles.end - 1; index >= tiles.begin; --index) {
       const int64_t first = source.first + index * kBlockN;
       const auto& tile = s.tiles.get(kind, t.sequence, t.head_kv, index, [&](auto& slot) {
         slot.finite = pack_tile(source, first, intersect(branch.keys, {first, first + kBlockN}),
@@ -206,9 +209,8 @@ class LambdaAttnForward {
       lo[r] = static_cast<int>(row_sees.lo - tile_first);
       hi[r] = static_cast<int>(row_sees.hi - tile_first);
       if (lo[r] >= hi[r]) continue;
-      if (map_.general)
-        map_scores(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores, lo[r], hi[r]);
-      tile_max[r] = row_max(scores, lo[r], hi[r]) * map_.factor;
+      tile_max[r] = scores_max(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores,
+                               lo[r], hi[r]);
     }
     for (int64_t r = 0; r < rows; ++r)
       softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
@@ -232,11 +234,10 @@ class LambdaAttnForward {
   }
 
   RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f};
+    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
     const float slope = p_.score.alibi_slopes[t.head_q + h];
-    if (frame == KeyFrame::kMaxDistance)
-      return {0.0f, -slope * static_cast<float>(p_.max_distance)};
-    return {slope, slope * static_cast<float>(tile_first - i)};
+    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
+    return {slope, static_cast<float>(i - tile_first), 1.0f};
   }
 
   void store(const AttnTask& t, AttnScratch<E>& s) const {
@@ -260,4 +261,5 @@ class LambdaAttnForward {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
+  int64_t block_rows_;  // a block computes the columns of all its rows: few rows for a small window
 };
