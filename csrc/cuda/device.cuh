@@ -18,15 +18,25 @@
 
 #include "../core/common.h"
 #include "../params.h"
+#include "launchers.h"
 
 namespace lminf::cuda {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-using Stream = void*;  // a cudaStream_t
+
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
+
+// The same number, of which the compiler knows nothing. What follows from it is then worked out where
+// it is used, and not kept in dozens of registers from one round of a loop to the next.
+LMINF_DEVICE int recomputed(int x) {
+#if !defined(LMINF_EMULATION)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
 
 // --- Elements ---
 
@@ -181,9 +191,12 @@ void launch(const char* name, void (*kernel)(Params...), LaunchShape shape,
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
   }
-  kernel<<<static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
-           static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(stream)> > >(args...);
-  check(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 #endif
 }
 
