@@ -122,6 +122,7 @@ void lambda_attn(const LambdaAttnParams& params, void* workspace, Stream stream)
     made.stride.batch = params.heads_kv * made.stride.head;
     rotate.x = from.data;
     rotate.x_stride = from.stride;
+    if (params.cu_seqlens != nullptr) rotate.x_stride.batch = 0;  // all sequences stand in one entry
     rotate.out = const_cast<void*>(made.data);
     rotate.out_stride = made.stride;
     rotate.batch = region.batch;

@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
         float& first = q[row * head_dim + dims.first];
         float& second = q[row * head_dim + dims.second];
         rotate_pair(rotation(tile.positions.lo + row, load_frequency(p.rope, t)), first, second);
-        first = to_float(from_float<T>(first * p.rope.scaling));
-        second = to_float(from_float<T>(second * p.rope.scaling));
+        first *= p.rope.scaling;
+        second *= p.rope.scaling;
       }
     }
     const BranchPlan<T> plan = plans[branch];
@@ -155,7 +155,9 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
           const float value = keys[row * sizes.key_pitch + dim];
 #pragma unroll
           for (int r = 0; r < kWarpRows; ++r) {
-            total[r] = fmaf(weights[(warp_row + r) * kBlockN + row], value, total[r]);
+            // A key that a row does not see leaves it alone, be its value infinite.
+            const float weight = weights[(warp_row + r) * kBlockN + row];
+            if (weight != 0.0f) total[r] = fmaf(weight, value, total[r]);
           }
         }
 #pragma unroll

@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
   __syncthreads();
   auto rotate = [&](float& first, float& second, CosSin angle) {
     rotate_pair(angle, first, second);
-    first = to_float(from_float<T>(first * p.rope.scaling));
-    second = to_float(from_float<T>(second * p.rope.scaling));
+    first *= p.rope.scaling;
+    second *= p.rope.scaling;
   };
   if (d.position >= 0) {
     for (int t = thread; t < p.rope.rotary_dim / 2; t += kThreads) {
@@ -110,6 +110,9 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         rotate(q[row * head_dim + dims.first], q[row * head_dim + dims.second], angle);
       }
       rotate(new_k[dims.first], new_k[dims.second], angle);
+      // The ring holds it rounded, and so it is met from the first.
+      new_k[dims.first] = to_float(from_float<T>(new_k[dims.first]));
+      new_k[dims.second] = to_float(from_float<T>(new_k[dims.second]));
     }
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-// Scores of visible pairs: scale, softcap and ALiBi in the definition's order, in units of log2.
+// Scores of visible pairs: scale, ALiBi and softcap in the definition's order, in units of log2.
 #pragma once
 
 #include "../core/lambda_mask.h"
@@ -36,10 +36,10 @@ struct Scoring {
   template <bool kExact>
   LMINF_DEVICE float score(float product, float slope, int64_t distance) const {
     float s = product * scale;
+    if (alibi) s -= slope * static_cast<float>(distance);
     if (softcap != 0.0f) {
       s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(s / softcap));
     }
-    if (alibi) s -= slope * static_cast<float>(distance);
     return s * kLog2e;
   }
 };
