@@ -1,8 +1,8 @@
 """Train the byte-level Llama that the package ships for `lminf demo`.
 
-The text is the King James Bible as Debian's `bible-kjv` package prints it (public domain); its last
-HELD_OUT_BYTES bytes are never trained on and are written beside the model. The model never sees more
-than TRAIN_LENGTH tokens at once, so everything past that length is new to it.
+The text is the King James Bible as Debian's `bible-kjv` package prints it (public domain); its
+last HELD_OUT_BYTES bytes are never trained on and are written beside the model. The model never
+sees more than TRAIN_LENGTH tokens at once, so everything past that length is new to it.
 
     apt-get install bible-kjv && python tools/train_demo_model.py --out lminf_cuda/demo_model
 """
@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
+    """A Llama of 4.8M parameters with random weights."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
@@ -71,7 +73,9 @@ def build_model() -> LlamaForCausalLM:
     )
 
 
-def batches(data: torch.Tensor, batch_size: int, generator: torch.Generator):
+def batches(
+    data: torch.Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches of random crops, TRAIN_LENGTH inputs and the next byte of each."""
     while True:
         starts = torch.randint(len(data) - TRAIN_LENGTH - 1, (batch_size, 1), generator=generator)
@@ -80,6 +84,7 @@ def batches(data: torch.Tensor, batch_size: int, generator: torch.Generator):
 
 
 def loss_of(model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean nats per byte of targets [B, S] given inputs [B, S], under bfloat16 autocast."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=inputs, use_cache=False).logits
     return cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -106,25 +111,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
-def write_card(out: Path, facts: dict) -> None:
+def write_card(out: Path, facts: dict[str, object]) -> None:
+    """Writes the facts beside the model, for people (README.md) and for programs."""
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     (out / "README.md").write_text(
         "# The demo model\n\n"
-        "A byte-level Llama trained from scratch by `tools/train_demo_model.py` on the King James Bible\n"
-        "(public domain, the text of Debian's `bible-kjv`). It exists to show length extrapolation on any\n"
-        "machine; it knows nothing but this one book. `held_out.txt` is the end of the same text, never\n"
-        "trained on.\n\n"
+        "A byte-level Llama trained from scratch by `tools/train_demo_model.py` on the King James\n"
+        "Bible (public domain, the text of Debian's `bible-kjv`). It exists to show length\n"
+        "extrapolation on any machine; it knows nothing but this one book. `held_out.txt` is the\n"
+        "end of the same text, never trained on.\n\n"
         f"| fact | value |\n| --- | --- |\n{rows}\n"
     )
 
 
 def main() -> None:
+    """Reads the command line, trains, and writes the model, its tokenizer, text and card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)

@@ -58,6 +58,7 @@ struct Branch {
 
   // Keys that at least one query of a non-empty tile sees.
   LMINF_HD Range visible_keys(Range queries) const {
+    if (distance.empty()) return {0, 0};
     return intersect({queries.lo - distance.hi + 1, queries.hi - distance.lo}, keys);
   }
 
@@ -69,7 +70,7 @@ struct Branch {
   // Queries that see at least one key of a tile.
   LMINF_HD Range visible_queries(Range tile) const {
     const Range k = intersect(tile, keys);
-    if (k.empty()) return {0, 0};
+    if (k.empty() || distance.empty()) return {0, 0};
     return {k.lo + distance.lo, k.hi - 1 + distance.hi};
   }
 
@@ -121,10 +122,11 @@ LMINF_HD TileRanges key_tiles(const Branch& branch, Range queries, int64_t origi
   return tile_ranges(branch.visible_keys(queries), branch.full_keys(queries), origin, tile_size);
 }
 
-// Backward: the query tiles that a tile of keys meets.
-LMINF_HD TileRanges query_tiles(const Branch& branch, Range keys, int64_t origin,
+// Backward: the query tiles, counted from queries.lo on, that a tile of keys meets.
+LMINF_HD TileRanges query_tiles(const Branch& branch, Range keys, Range queries,
                                 int64_t tile_size) {
-  return tile_ranges(branch.visible_queries(keys), branch.full_queries(keys), origin, tile_size);
+  return tile_ranges(intersect(branch.visible_queries(keys), queries),
+                     intersect(branch.full_queries(keys), queries), queries.lo, tile_size);
 }
 
 }  // namespace lminf

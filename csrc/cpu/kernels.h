@@ -17,6 +17,13 @@ struct Threads {
       parallel_for;
 };
 
+// The calling thread alone.
+inline const Threads& serial() {
+  static const Threads threads = {
+      1, [](int64_t n, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }};
+  return threads;
+}
+
 struct Kernels {
   const char* isa;  // "amx", "avx512_bf16", "avx512", "avx2", "portable"
   void (*lambda_attn)(const LambdaAttnParams&, const Threads&);

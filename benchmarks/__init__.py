@@ -1,0 +1,1 @@
+"""Speed beside peers: run the modules, their results are committed in results/."""

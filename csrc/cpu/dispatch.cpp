@@ -1,0 +1,87 @@
+// Chooses the kernels for this machine.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "kernels.h"
+
+namespace lminf::cpu {
+
+extern const Kernels k_portable;
+#if defined(__x86_64__)
+extern const Kernels k_amx, k_avx512_bf16, k_avx512, k_avx2;
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+#if defined(__x86_64__)
+bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
+  unsigned r[4] = {};
+  return __get_cpuid_count(leaf, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1);
+}
+
+// Matrix tiles need a processor that has them and an operating system that lets this process use
+// them.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kEdx = 3, kBf16 = 22, kTile = 24;
+  constexpr long kArchRequestPermission = 0x1023, kTileData = 18;
+  return cpuid_bit(7, 0, kEdx, kBf16) && cpuid_bit(7, 0, kEdx, kTile) &&
+         syscall(SYS_arch_prctl, kArchRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// The best first.
+const Candidate* candidates() {
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           cpuid_bit(1, 0, 2, 29);  // F16C
+  static const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool avx512_bf16 = avx512 && cpuid_bit(7, 1, 0, 5);
+  static const Candidate list[] = {{&k_amx, avx512_bf16 && has_amx()},
+                                   {&k_avx512_bf16, avx512_bf16},
+                                   {&k_avx512, avx512},
+                                   {&k_avx2, avx2},
+                                   {&k_portable, true},
+                                   {nullptr, false}};
+  return list;
+}
+#else
+const Candidate* candidates() {
+  static const Candidate list[] = {{&k_portable, true}, {nullptr, false}};
+  return list;
+}
+#endif
+
+}  // namespace
+
+const Kernels& kernels() {
+  const char* wanted = std::getenv("LMINF_CPU_ISA");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  std::string usable;
+  for (const Candidate* c = candidates(); c->kernels != nullptr; ++c) {
+    if (!c->supported) continue;
+    if (any || std::string(wanted) == c->kernels->isa) return *c->kernels;
+    usable += usable.empty() ? c->kernels->isa : std::string(", ") + c->kernels->isa;
+  }
+  throw std::invalid_argument("LMINF_CPU_ISA is '" + std::string(wanted) +
+                              "', which this machine cannot run; set it to one of " + usable +
+                              ", or unset it to take the first of them");
+}
+
+}  // namespace lminf::cpu

@@ -1,0 +1,16 @@
+// AVX-512 BF16 with AMX matrix tiles for bf16 products.
+#define LMINF_ISA amx
+#define LMINF_LANES 16
+#define LMINF_BF16 1
+#define LMINF_AMX 1
+#include "isa.h"
+
+#if defined(__x86_64__)
+LMINF_BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "variant.h"
+LMINF_END_TARGET
+namespace lminf::cpu {
+extern const Kernels k_amx;
+const Kernels k_amx = {"amx", amx::run_lambda_attn, amx::run_lambda_decode, amx::run_clamped_rope};
+}  // namespace lminf::cpu
+#endif

@@ -1,0 +1,17 @@
+// AVX-512 with the bf16 dot product.
+#define LMINF_ISA avx512_bf16
+#define LMINF_LANES 16
+#define LMINF_BF16 1
+#define LMINF_AMX 0
+#include "isa.h"
+
+#if defined(__x86_64__)
+LMINF_BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "variant.h"
+LMINF_END_TARGET
+namespace lminf::cpu {
+extern const Kernels k_avx512_bf16;
+const Kernels k_avx512_bf16 = {"avx512_bf16", avx512_bf16::run_lambda_attn,
+                               avx512_bf16::run_lambda_decode, avx512_bf16::run_clamped_rope};
+}  // namespace lminf::cpu
+#endif

@@ -1,0 +1,261 @@
+// Λ attention forward, tile by tile.
+// Included inside namespace lminf::cpu::LMINF_ISA.
+//
+// A task holds some hundred rows (queries x heads that share one key head) and walks the key tiles
+// of the three branches of core/lambda_mask.h: first the far branch, raw queries against keys
+// rotated by -max_distance, then the queries are rotated in place and meet the near and the window
+// branch. A key tile is rotated and packed once for all rows of the task. Within a tile, a block of
+// kBlockM rows multiplies only the columns that one of its rows sees; since a branch is a band of
+// distances, what a row sees of a tile is one range of columns, and only the ends of that range are
+// masked.
+
+template <typename T>
+using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
+
+constexpr int64_t kMaxHeadsPerTask = 16;
+
+// What one thread needs for its tasks.
+template <typename E>
+struct AttnScratch {
+  // Float scores become probabilities in place; bf16 products read them rounded, from a buffer of
+  // their own.
+  static constexpr bool kInPlace = std::is_same_v<E, float>;
+
+  AttnScratch(int64_t rows, int dim_padded, const Rotary& rotary)
+      : memory(bytes(rows, dim_padded, rotary)), rotation(memory, rotary) {
+    queries = memory.take<E>(rows * dim_padded);
+    states.max = memory.take<float>(rows);
+    states.sum = memory.take<float>(rows * kLanes);
+    states.out = memory.take<float>(rows * dim_padded);
+    keys = memory.take<E>(dim_padded * kBlockN);
+    values = memory.take<E>(dim_padded * kBlockN);
+    scores = memory.take<float>(kBlockM * kScoreStride);
+    probs = kInPlace ? reinterpret_cast<E*>(scores) : memory.take<E>(kBlockM * kScoreStride);
+    key_rows = memory.take<E>(kLanes * dim_padded);
+    row = memory.take<float>(dim_padded);
+    // Tile edges that no key fills keep whatever was packed before; it is multiplied by 0 and must
+    // be finite.
+    std::memset(keys, 0, dim_padded * kBlockN * sizeof(E));
+    std::memset(values, 0, dim_padded * kBlockN * sizeof(E));
+  }
+
+  static size_t bytes(int64_t rows, int dim_padded, const Rotary& rotary) {
+    return TileRotation::bytes(rotary) + Scratch::bytes<E>(rows * dim_padded) +
+           Scratch::bytes<float>(rows) + Scratch::bytes<float>(rows * kLanes) +
+           Scratch::bytes<float>(rows * dim_padded) + 2 * Scratch::bytes<E>(dim_padded * kBlockN) +
+           Scratch::bytes<float>(kBlockM * kScoreStride) +
+           Scratch::bytes<E>(kBlockM * kScoreStride) + Scratch::bytes<E>(kLanes * dim_padded) +
+           Scratch::bytes<float>(dim_padded);
+  }
+
+  Scratch memory;
+  TileRotation rotation;
+  RowStates states;
+  E* queries;     // [rows][Dp]
+  E* keys;        // packed tile
+  E* values;      // packed tile
+  float* scores;  // [kBlockM][kScoreStride]
+  E* probs;       // [kBlockM][kScoreStride]
+  E* key_rows;    // [kLanes][Dp] on their way into a tile
+  float* row;     // [Dp]
+};
+
+template <typename T>
+class LambdaAttnForward {
+  using E = PackedType<T>;
+  static constexpr int kExpDegree = std::is_same_v<E, float> ? 5 : 4;
+
+ public:
+  LambdaAttnForward(const LambdaAttnParams& params, const Rotary& rotary)
+      : p_(params), rotary_(rotary), dim_(static_cast<int>(params.head_dim)) {
+    const int grain = std::max(kKGrain<E>, kLanes);
+    dim_padded_ = (dim_ + grain - 1) / grain * grain;
+    map_.scale = p_.score.scale;
+    map_.softcap = p_.score.softcap;
+    // A negative scale turns maxima into minima, so it is applied before they are taken.
+    map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
+    map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
+  }
+
+  void run(const Threads& threads) const {
+    const AttnPlan plan(p_, threads.count, kTaskRows<E>, kMaxHeadsPerTask);
+    const int64_t tasks = plan.tasks();
+    const int64_t workers = std::min<int64_t>(threads.count, tasks);
+    std::atomic<int64_t> next{0};
+    threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
+      const MatrixUnit matrix_unit;
+      (void)matrix_unit;
+      AttnScratch<E> scratch(plan.rows_per_task(), dim_padded_, rotary_);
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t t; (t = next.fetch_add(1)) < tasks;) run_task(plan.task(t), scratch);
+    });
+  }
+
+  // Multiply-adds of a forward at the most.
+  int64_t work() const {
+    const int64_t keys =
+        min64(p_.seqlen_k, min64(p_.window, kUnbounded) + min64(p_.n_global, kUnbounded));
+    return p_.batch * p_.heads_q * p_.seqlen_q * keys * p_.head_dim * 2;
+  }
+
+ private:
+  void run_task(const AttnTask& t, AttnScratch<E>& s) const {
+    const int64_t rows = t.queries * t.heads;
+    std::fill(s.states.max, s.states.max + rows, minus_infinity());
+    std::fill(s.states.sum, s.states.sum + rows * kLanes, 0.0f);
+    std::fill(s.states.out, s.states.out + rows * dim_padded_, 0.0f);
+
+    const Range held = {t.key_position, t.key_position + t.keys};
+    const KeySource<T> own = {
+        head<T>(p_.k, p_.k_stride, t.batch, t.head_kv) + t.key_index * p_.k_stride.seq,
+        head<T>(p_.v, p_.v_stride, t.batch, t.head_kv) + t.key_index * p_.v_stride.seq,
+        p_.k_stride.seq,
+        p_.v_stride.seq,
+        t.key_position,
+        p_.k_rotated,
+        KeyFrame::kOwnPosition};
+    KeySource<T> global = own;
+    Range global_held = held;
+    if (p_.global_k != nullptr) {
+      global = {head<T>(p_.global_k, p_.global_k_stride, t.batch, t.head_kv),
+                head<T>(p_.global_v, p_.global_v_stride, t.batch, t.head_kv),
+                p_.global_k_stride.seq,
+                p_.global_v_stride.seq,
+                0,
+                0,
+                KeyFrame::kOwnPosition};
+      global_held = {0, p_.n_global};
+    }
+    KeySource<T> far = global;
+    far.frame = KeyFrame::kMaxDistance;
+
+    const Branch far_keys = far_branch(global_held, p_.n_global, p_.max_distance);
+    if (!far_keys.empty() && !far_keys.visible_keys(positions(t)).empty()) {
+      load_queries(t, /*rotate=*/false, s);
+      run_branch(t, far_keys, far, s);
+    }
+    load_queries(t, /*rotate=*/true, s);
+    run_branch(t, near_branch(global_held, p_.n_global, p_.window, p_.max_distance), global, s);
+    run_branch(t, window_branch(held, p_.window), own, s);
+    store(t, s);
+  }
+
+  static Range positions(const AttnTask& t) { return {t.position, t.position + t.queries}; }
+
+  template <typename U>
+  static const U* head(const void* base, const Strides& stride, int64_t batch, int64_t head) {
+    return static_cast<const U*>(base) + batch * stride.batch + head * stride.head;
+  }
+
+  void load_queries(const AttnTask& t, bool rotate, AttnScratch<E>& s) const {
+    float* cos = s.rotation.cos;
+    float* sin = s.rotation.sin;
+    for (int64_t n = 0; n < t.queries; ++n) {
+      if (rotate && rotary_.pairs > 0)
+        rotation_table(t.position + n, rotary_, rotary_.scaling, cos, sin);
+      for (int64_t h = 0; h < t.heads; ++h) {
+        load_row(
+            head<T>(p_.q, p_.q_stride, t.batch, t.head_q + h) + (t.query + n) * p_.q_stride.seq,
+            dim_, s.row, dim_padded_);
+        rotate ? rotate_row(rotary_, cos, sin, s.row) : scale_rotary_dims(rotary_, s.row);
+        store_row(s.row, dim_padded_, s.queries + (n * t.heads + h) * dim_padded_);
+      }
+    }
+  }
+
+  void run_branch(const AttnTask& t, const Branch& branch, const KeySource<T>& source,
+                  AttnScratch<E>& s) const {
+    if (branch.empty()) return;
+    const Range wanted = branch.visible_keys(positions(t));
+    const TileRanges tiles = key_tiles(branch, positions(t), source.first, kBlockN);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int64_t first = source.first + tile * kBlockN;
+      const bool finite =
+          pack_tile(source, first, intersect(wanted, {first, first + kBlockN}), dim_, dim_padded_,
+                    rotary_, p_.max_distance, s.rotation, s.row, s.key_rows, s.keys, s.values);
+      const int64_t rows = t.queries * t.heads;
+      for (int64_t row = 0; row < rows; row += kBlockM)
+        run_block(t, branch, source.frame, first, finite, row,
+                  std::min<int64_t>(kBlockM, rows - row), s);
+    }
+  }
+
+  // One block of rows against one packed tile of keys.
+  void run_block(const AttnTask& t, const Branch& branch, KeyFrame frame, int64_t tile_first,
+                 bool finite, int64_t row0, int64_t rows, AttnScratch<E>& s) const {
+    const Range queries = {t.position + row0 / t.heads,
+                           t.position + (row0 + rows - 1) / t.heads + 1};
+    const Range seen = intersect(branch.visible_keys(queries), {tile_first, tile_first + kBlockN});
+    if (seen.empty()) return;
+    const int begin = static_cast<int>(seen.lo - tile_first) / kColGrain * kColGrain;
+    const int end =
+        (static_cast<int>(seen.hi - tile_first) + kColGrain - 1) / kColGrain * kColGrain;
+
+    const Operand<E> keys = keys_from(s.keys, begin, dim_padded_);
+    gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
+                dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride);
+
+    int lo[kBlockM], hi[kBlockM];
+    float tile_max[kBlockM];
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = t.position + (row0 + r) / t.heads;
+      const Range row_sees = intersect(branch.visible_keys({i, i + 1}), seen);
+      float* scores = s.scores + r * kScoreStride;
+      lo[r] = static_cast<int>(row_sees.lo - tile_first);
+      hi[r] = static_cast<int>(row_sees.hi - tile_first);
+      if (lo[r] >= hi[r]) continue;
+      if (map_.general)
+        map_scores(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores, lo[r], hi[r]);
+      tile_max[r] = row_max(scores, lo[r], hi[r]) * map_.factor;
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
+                              s.scores + r * kScoreStride, s.probs + r * kScoreStride, lo[r], hi[r],
+                              begin, end, map_.factor, tile_max[r]);
+
+    if (finite) {
+      const Operand<E> values = values_from(s.values, begin, dim_padded_);
+      gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kScoreStride,
+                 values.data, values.ld, s.states.out + row0 * dim_padded_, dim_padded_);
+      return;
+    }
+    // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
+    for (int64_t r = 0; r < rows; ++r) {
+      float* out = s.states.out + (row0 + r) * dim_padded_;
+      for (int key = lo[r]; key < hi[r]; ++key) {
+        const float p = to_float(s.probs[r * kScoreStride + key]);
+        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(s.values, dim_padded_, key, d);
+      }
+    }
+  }
+
+  RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first) const {
+    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f};
+    const float slope = p_.score.alibi_slopes[t.head_q + h];
+    if (frame == KeyFrame::kMaxDistance)
+      return {0.0f, -slope * static_cast<float>(p_.max_distance)};
+    return {slope, slope * static_cast<float>(tile_first - i)};
+  }
+
+  void store(const AttnTask& t, AttnScratch<E>& s) const {
+    for (int64_t row = 0; row < t.queries * t.heads; ++row) {
+      const int64_t n = t.query + row / t.heads, h = t.head_q + row % t.heads;
+      const SoftmaxState state = {s.states.max[row],
+                                  vreduce_add(vload(s.states.sum + row * kLanes))};
+      const bool has_sink = p_.score.sink_logits != nullptr;
+      const SoftmaxEnd end = finish(state, has_sink, has_sink ? p_.score.sink_logits[h] : 0.0f);
+      float* out = s.states.out + row * dim_padded_;
+      scale_row(out, dim_padded_, end.out_scale);
+      store_row(out, dim_,
+                static_cast<T*>(p_.out) + t.batch * p_.out_stride.batch + h * p_.out_stride.head +
+                    n * p_.out_stride.seq);
+      p_.lse[(t.batch * p_.heads_q + h) * p_.seqlen_q + n] = end.lse;
+    }
+  }
+
+  const LambdaAttnParams& p_;
+  const Rotary& rotary_;
+  ScoreMap map_;
+  int dim_;
+  int dim_padded_;
+};

@@ -1,0 +1,45 @@
+// Cache-line aligned memory that a thread keeps between the tiles of one call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace lminf::cpu {
+
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes)
+      : base_(static_cast<char*>(std::aligned_alloc(kAlign, padded(bytes)))), size_(padded(bytes)) {
+    if (base_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // The next `count` elements; the sum of all takes must not pass what the constructor was given.
+  template <typename T>
+  T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += padded(count * sizeof(T));
+    if (used_ > size_) throw std::bad_alloc();
+    return p;
+  }
+
+  // What `take<T>(count)` uses up.
+  template <typename T>
+  static size_t bytes(size_t count) {
+    return padded(count * sizeof(T));
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  static size_t padded(size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+  char* base_;
+  size_t size_;
+  size_t used_ = 0;
+};
+
+}  // namespace lminf::cpu

@@ -1,0 +1,109 @@
+// Online softmax of one tile of scores, row by row.
+// Included inside namespace lminf::cpu::LMINF_ISA.
+
+// Running state of the rows of a task. `max` is the reference that the sums are relative to; it may
+// lag behind the true maximum by up to kMaxLag, so that most tiles rescale nothing (2^kMaxLag is
+// far from overflow).
+constexpr float kMaxLag = 8.0f;
+constexpr float kLowestMax = -1e30f;
+
+struct RowStates {
+  float* max;  // [rows]
+  float* sum;  // [rows][kLanes], partial sums by lane
+  float* out;  // [rows][Dp], not yet normalised
+};
+
+// What turns a product <q, k> into a score in units of log2.
+struct ScoreMap {
+  float factor;  // scale * log2(e), where that is all there is
+  bool general;  // else: scale, ALiBi, softcap, one after the other
+  float scale;
+  float softcap;
+};
+
+// The ALiBi term of one row: slope * (j - i) while the distance is true, a constant where it is
+// clamped.
+struct RowBias {
+  float slope;    // 0: none
+  float at_zero;  // the bias at column 0 of the tile, in natural units
+};
+
+inline void map_scores(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
+  const Vec scale = vset(map.scale), log2e = vset(kLog2e), slope = vset(bias.slope);
+  const Vec cap = vset(map.softcap);
+  for (int c = lo / kLanes * kLanes; c < hi; c += kLanes) {
+    Vec s = vmul(vload(row + c), scale);
+    s = vadd(s, vfma(slope, vadd(viota(), vset(static_cast<float>(c))), vset(bias.at_zero)));
+    if (map.softcap > 0.0f) s = vmul(cap, vtanh(vdiv(s, cap)));
+    vstore(row + c, vmul(s, log2e));
+  }
+}
+
+inline float row_max(const float* row, int lo, int hi) {
+  const Vec none = vset(minus_infinity());
+  Vec m = none;
+  int c = lo / kLanes * kLanes;
+  if (c < lo) m = vkeep(vload(row + c), lo - c, hi - c, none), c += kLanes;
+  for (; c + kLanes <= hi; c += kLanes) m = vmax(vload(row + c), m);
+  if (c < hi) m = vmax(vkeep(vload(row + c), 0, hi - c, none), m);
+  return vreduce_max(m);
+}
+
+// probs[c] = 2^(row[c] * factor - max) on [lo, hi), 0 on the rest of [begin, end); returns the sum
+// by lane.
+template <int kDegree, typename P>
+inline Vec row_exp(const float* row, P* probs, int lo, int hi, int begin, int end, float factor,
+                   float max) {
+  const Vec zero = vset(0.0f), f = vset(factor), m = vset(max);
+  Vec sum = zero;
+  int c = begin;
+  for (; c + kLanes <= lo; c += kLanes) vstore(probs + c, zero);
+  if (c < lo) {
+    const Vec p = vkeep(vexp2<kDegree>(vfms(vload(row + c), f, m)), lo - c, hi - c, zero);
+    vstore(probs + c, p);
+    sum = vadd(sum, p), c += kLanes;
+  }
+  for (; c + kLanes <= hi; c += kLanes) {
+    const Vec p = vexp2<kDegree>(vfms(vload(row + c), f, m));
+    vstore(probs + c, p);
+    sum = vadd(sum, p);
+  }
+  if (c < hi) {
+    const Vec p = vkeep(vexp2<kDegree>(vfms(vload(row + c), f, m)), 0, hi - c, zero);
+    vstore(probs + c, p);
+    sum = vadd(sum, p), c += kLanes;
+  }
+  for (; c < end; c += kLanes) vstore(probs + c, zero);
+  return sum;
+}
+
+inline void scale_row(float* row, int n, float factor) {
+  const Vec f = vset(factor);
+  for (int d = 0; d < n; d += kLanes) vstore(row + d, vmul(vload(row + d), f));
+}
+
+// One row's step: moves the reference if it must, rescales what stands, and writes the
+// probabilities. Columns [lo, hi) are visible, [begin, end) is what the product with V will read.
+template <int kDegree, typename P>
+inline void softmax_row(const RowStates& states, int row, int dim_padded, const float* scores,
+                        P* probs, int lo, int hi, int begin, int end, float factor,
+                        float tile_max) {
+  if (lo >= hi) {
+    const Vec zero = vset(0.0f);
+    for (int c = begin; c < end; c += kLanes) vstore(probs + c, zero);
+    return;
+  }
+  // Visible scores that are all -inf or NaN have no maximum to refer to; they still have to be
+  // summed, so that a NaN reaches the output.
+  if (!(tile_max > kLowestMax)) tile_max = kLowestMax;
+  float* sum = states.sum + row * kLanes;
+  float& max = states.max[row];
+  if (tile_max > max + kMaxLag) {
+    const float rescale = exp2f(max - tile_max);  // 0 for the first tile
+    if (max != minus_infinity()) scale_row(states.out + row * dim_padded, dim_padded, rescale);
+    vstore(sum, vmul(vload(sum), vset(rescale)));
+    max = tile_max;
+  }
+  const Vec added = row_exp<kDegree>(scores, probs, lo, hi, begin, end, factor, max);
+  vstore(sum, vadd(vload(sum), added));
+}

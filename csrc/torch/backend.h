@@ -1,0 +1,16 @@
+// Where the ops hand over: each overload runs one filled params struct on the device that holds its
+// tensors, and throws for a device without kernels.
+#pragma once
+
+#include "../params.h"
+#include "checks.h"
+
+namespace lminf::binding {
+
+using torch::stable::Device;
+
+void run(const LambdaAttnParams& params, const Device& device);
+void run(const LambdaDecodeParams& params, const Device& device);
+void run(const ClampedRopeParams& params, const Device& device);
+
+}  // namespace lminf::binding

@@ -1,0 +1,48 @@
+// The Python module lminf_cuda._C: importing it registers the kernels with PyTorch. Only the stable
+// parts of Python's and of PyTorch's ABI are used, so one build serves later versions of both.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <exception>
+
+#include "../cpu/kernels.h"
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(lminf, CPU, m) {
+  m.impl("lambda_attn", TORCH_BOX(&lminf::binding::lambda_attn));
+  m.impl("lambda_decode", TORCH_BOX(&lminf::binding::lambda_decode));
+  m.impl("clamped_rope", TORCH_BOX(&lminf::binding::clamped_rope));
+}
+
+namespace {
+
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(lminf::cpu::kernels().isa);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
+
+PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS,
+     "The instruction set that the CPU kernels use on this machine (see LMINF_CPU_ISA)."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Compiled kernels of lminf_cuda.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module_definition); }

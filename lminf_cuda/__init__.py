@@ -1,0 +1,46 @@
+"""LM-Infinite as fast kernels: attention to the first n_global and the last window tokens.
+
+Importing the package registers torch.ops.lminf.* and needs torch only; what works on Hugging Face
+models is imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from lminf_cuda.functional import lambda_attention
+
+if TYPE_CHECKING:
+    from lminf_cuda import reference
+    from lminf_cuda.cache import LambdaCache
+    from lminf_cuda.patches import patch_model, unpatch_model
+
+__version__ = "0.1.0"
+__all__ = [
+    "LambdaCache",
+    "__version__",
+    "lambda_attention",
+    "patch_model",
+    "reference",
+    "unpatch_model",
+]
+
+# Public name -> module that holds it; a module stands for itself.
+_LAZY = {
+    "LambdaCache": "lminf_cuda.cache",
+    "patch_model": "lminf_cuda.patches",
+    "unpatch_model": "lminf_cuda.patches",
+    "reference": "lminf_cuda.reference",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lminf_cuda' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"lminf_cuda.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))

@@ -1,0 +1,456 @@
+"""The key-value cache of a patched model: the first tokens, the last tokens, and nothing else.
+
+Each layer keeps two buffers of fixed size (design.md sections 1 and 2):
+
+- a ring of the last `window` tokens, whose keys carry the rotation of their own position, at slot
+  position % window;
+- the first `n_global` tokens, whose keys are un-rotated, since the distance at which they are met
+  is clamped and so changes from query to query.
+
+One new token goes through the op lambda_decode, which appends and attends in one step. Several new
+tokens go through lambda_attn over the ring's keys followed by the new ones, and are stored
+afterwards.
+
+Rows of a batch may start at different columns (left padding). A position therefore counts a row's
+own tokens: each row's global tokens are its own first ones, and what stands left of them is never
+read.
+
+Letters in shape comments: B batch, Hq and Hkv heads of queries and keys, S new tokens, D head dim,
+W window, G n_global.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import ops as _ops  # registers torch.ops.lminf  # noqa: F401
+from .rope import Rope
+
+__all__ = ["LambdaCache", "LambdaCacheLayer", "LambdaSettings", "LayerSettings"]
+
+# The attribute of a patched module that holds its LambdaSettings.
+SETTINGS_ATTRIBUTE = "_lminf_settings"
+
+_patch_ids = itertools.count()
+
+
+@dataclass(eq=False)
+class LayerSettings:
+    """What one attention layer attends to, and how it rotates.
+
+    Attributes:
+        n_global: the first so many tokens are seen from everywhere.
+        window: so many keys, the query's own included, are seen behind every query.
+        max_distance: no larger distance enters a score.
+        rope: the layer's rotation, or None for a layer without one.
+    """
+
+    n_global: int
+    window: int
+    max_distance: int
+    rope: Rope | None
+    _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """The keyword arguments for lambda_attn and lambda_decode on tensors of `device`."""
+        options = self._options.get(device)
+        if options is None:
+            options = {"max_distance": self.max_distance}
+            if self.rope is not None:
+                options["inv_freq"] = self.rope.inv_freq_on(device)
+                options["rope_scaling"] = self.rope.scaling
+                options["rope_interleaved"] = self.rope.interleaved
+            self._options[device] = options
+        return options
+
+
+@dataclass(eq=False)
+class LambdaSettings:
+    """What `patch_model` was asked for, and what follows from it for each layer.
+
+    Attributes:
+        n_global, window, max_distance: of the layers that do not slide by themselves.
+        layers: one entry per decoder layer.
+        patch_id: tells the caches of one patched model from those of another. A deep copy of the
+            model or of a cache keeps it.
+    """
+
+    n_global: int
+    window: int
+    max_distance: int
+    layers: list[LayerSettings]
+    patch_id: int = field(default_factory=lambda: next(_patch_ids))
+
+    def __str__(self) -> str:
+        return f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+
+
+@dataclass(eq=False)
+class _Progress:
+    """What all layers of a cache share.
+
+    Attributes:
+        seen: columns of tokens so far, padding included.
+        in_forward: whether the forward of a patched model is using the cache.
+    """
+
+    seen: int = 0
+    in_forward: bool = False
+
+
+class LambdaCacheLayer(CacheLayerMixin):
+    """The buffers of one layer, allocated when the first keys come by.
+
+    Attributes:
+        settings: what the layer attends to.
+        progress: shared by the layers of a cache.
+        ring_k, ring_v: [B, Hkv, W, D].
+        global_k, global_v: [B, Hkv, G, D].
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, settings: LayerSettings, progress: _Progress) -> None:
+        super().__init__()
+        self.settings = settings
+        self.progress = progress
+        self.ring_k: Tensor
+        self.ring_v: Tensor
+        self.global_k: Tensor
+        self.global_v: Tensor
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that the layer keeps; none before its first use."""
+        if not self.is_initialized:
+            return []
+        return [self.ring_k, self.ring_v, self.global_k, self.global_v]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
+        values = key_states if value_states is None else value_states
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            for name, like in (("k", key_states), ("v", values)):
+                batch, heads, _, dim = like.shape
+                ring = like.new_empty((batch, heads, self.settings.window, dim))
+                first = like.new_empty((batch, heads, self.settings.n_global, dim))
+                setattr(self, f"ring_{name}", ring)
+                setattr(self, f"global_{name}", first)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values on as they are: the attention function stores them.
+
+        Raises:
+            RuntimeError: called by a model that is not patched, which would attend to the new
+                tokens alone.
+        """
+        if not self.progress.in_forward:
+            raise RuntimeError(
+                "a LambdaCache works only inside the forward of the model it was made for, while "
+                "that is patched; call patch_model(model) first, or pass another cache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """Stores one new token of each row and attends from it.
+
+        Args:
+            q: [B, Hq, 1, D], un-rotated.
+            k, v: [B, Hkv, 1, D], un-rotated.
+            positions: int64 [B]; negative in a row whose new token is padding.
+            scale: of <q, k>.
+
+        Returns:
+            [B, Hq, 1, D].
+        """
+        settings = self.settings
+        out, _ = torch.ops.lminf.lambda_decode.default(
+            q,
+            k,
+            v,
+            self.ring_k,
+            self.ring_v,
+            self.global_k,
+            self.global_v,
+            positions,
+            settings.window,
+            scale=scale,
+            **settings.options(q.device),
+        )
+        return out
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> Tensor:
+        """Attends from several new tokens of each row to the kept and the new ones, and keeps them.
+
+        Args:
+            q: [B, Hq, S, D], un-rotated.
+            k, v: [B, Hkv, S, D], un-rotated.
+            first: int64 [B], the position of each row's first new token; negative where the row
+                begins with padding.
+            scale: of <q, k>.
+
+        Returns:
+            [B, Hq, S, D]; of padding, zeros.
+        """
+        settings = self.settings
+        options = settings.options(q.device)
+        n_global, window = settings.n_global, settings.window
+        self._store_globals(k, v, first)
+        if self.progress.seen:
+            n_old = min(self.progress.seen, window - 1)
+            old = first[:, None] + torch.arange(-n_old, 0, device=q.device)  # [B, n_old]
+            slots = (old % window)[:, None, :, None]
+            old_k = self.ring_k.gather(2, slots.expand(-1, k.shape[1], -1, k.shape[3]))
+            old_v = self.ring_v.gather(2, slots.expand(-1, v.shape[1], -1, v.shape[3]))
+            options = options | {
+                "k_rotated": n_old if settings.rope is not None else 0,
+                "k_start": first - n_old,
+                "global_k": self.global_k,
+                "global_v": self.global_v,
+            }
+            all_k, all_v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        else:
+            options = options | {"k_start": first}
+            all_k, all_v = k, v
+        out, _ = torch.ops.lminf.lambda_attn.default(
+            q, all_k, all_v, n_global, window, scale=scale, **options
+        )
+        self._store_ring(k, v, first)
+        return out
+
+    def _store_globals(self, k: Tensor, v: Tensor, first: Tensor) -> None:
+        """Writes those of the new tokens that stand at positions below n_global."""
+        slots = torch.arange(self.settings.n_global, device=k.device)
+        source = slots - first[:, None]  # [B, G]: which new token belongs to the slot
+        is_new = ((source >= 0) & (source < k.shape[2]))[:, None, :, None]
+        source = source.clamp(0, k.shape[2] - 1)[:, None, :, None]
+        for kept, new in ((self.global_k, k), (self.global_v, v)):
+            picked = new.gather(2, source.expand(-1, new.shape[1], -1, new.shape[3]))
+            kept.copy_(torch.where(is_new, picked, kept))
+
+    def _store_ring(self, k: Tensor, v: Tensor, first: Tensor) -> None:
+        """Rotates the last `window` new keys to their positions and writes them over the oldest.
+
+        Padding lands in slots that the row has not reached yet: they hold nothing, and are not read
+        before a token of the row overwrites them.
+        """
+        rope, window = self.settings.rope, self.settings.window
+        start = max(k.shape[2] - window, 0)
+        k, v = k[:, :, start:], v[:, :, start:]
+        positions = first[:, None] + torch.arange(start, start + k.shape[2], device=k.device)
+        if rope is not None:
+            k = torch.ops.lminf.clamped_rope.default(
+                k,
+                positions,
+                rope.inv_freq_on(k.device),
+                scaling=rope.scaling,
+                interleaved=rope.interleaved,
+            )
+        slots = (positions % window)[:, None, :, None]
+        for ring, new in ((self.ring_k, k), (self.ring_v, v)):
+            ring.scatter_(2, slots.expand(-1, new.shape[1], -1, new.shape[3]), new)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(Number of keys, index of the first) as seen by a mask: all columns so far."""
+        return self.progress.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """The number of tokens seen, padding included."""
+        return self.progress.seen
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    def reset(self) -> None:
+        """Nothing: the cache forgets by counting from 0, and the buffers stay."""
+
+    def select_rows(self, indices: Tensor) -> None:
+        """Keeps the rows `indices` int64 [rows], in place where the batch size stays."""
+        if not self.is_initialized:
+            return
+        for name in ("ring_k", "ring_v", "global_k", "global_v"):
+            buffer = getattr(self, name)
+            rows = buffer.index_select(0, indices.to(buffer.device))
+            if rows.shape == buffer.shape:
+                buffer.copy_(rows)
+            else:
+                setattr(self, name, rows)
+
+
+class LambdaCache(Cache):
+    """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
+
+    A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
+    over several calls (multi-turn chat, chunks of a long text).
+
+    Args:
+        model: a model patched by `patch_model`, whose settings the cache takes.
+        batch_size: rows, known from the first forward on when None.
+
+    Raises:
+        ValueError: `model` is not patched, or batch_size < 1.
+    """
+
+    layers: list[LambdaCacheLayer]
+
+    def __init__(self, model: Any, *, batch_size: int | None = None) -> None:
+        settings = getattr(model, SETTINGS_ATTRIBUTE, None)
+        if settings is None:
+            raise ValueError(
+                "LambdaCache takes its sizes from a patched model, and this "
+                f"{type(model).__name__} is not patched; call patch_model(model) first"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None")
+        self._progress = _Progress()
+        super().__init__(
+            layers=[LambdaCacheLayer(layer, self._progress) for layer in settings.layers]
+        )
+        self.settings: LambdaSettings = settings
+        self._batch_size = batch_size
+        self._unusable: str | None = None
+        self.next_positions: Tensor | None = None  # int64 [B]: tokens of each row so far
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 before the first forward when it was not given."""
+        return -1 if self._batch_size is None else self._batch_size
+
+    @property
+    def max_batch_size(self) -> int:
+        """The same as `batch_size`."""
+        return self.batch_size
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the buffers are allocated."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    def memory_bytes(self) -> int:
+        """Bytes of all buffers: 0 before the first forward, and constant from then on."""
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for layer in self.layers
+            for buffer in layer.buffers()
+        )
+
+    def check(self, settings: LambdaSettings, batch_size: int) -> None:
+        """Whether a patched model with `settings` can go on from here with `batch_size` rows.
+
+        Raises:
+            ValueError: the cache is of another model or other settings, or of another batch size.
+            RuntimeError: an earlier forward left a state from which the cache cannot go on.
+        """
+        if settings.patch_id != self.settings.patch_id:
+            raise ValueError(
+                "past_key_values is a LambdaCache made for another patched model or for other "
+                f"settings ({self.settings}); this model has {settings}: make a new one by "
+                "LambdaCache(model)"
+            )
+        if self._unusable is not None:
+            raise RuntimeError(self._unusable)
+        if self._batch_size not in (None, batch_size):
+            raise ValueError(
+                f"the input has {batch_size} rows and the LambdaCache {self._batch_size}; use "
+                "batch_repeat_interleave or batch_select_indices, or a new cache"
+            )
+
+    def begin(self, first: Tensor) -> None:
+        """Opens the cache to a forward whose new tokens start at positions `first`, int64 [B]."""
+        if self.next_positions is None:
+            with torch.inference_mode(False):
+                self.next_positions = torch.zeros_like(first)
+            self._batch_size = first.shape[0]
+        self._progress.in_forward = True
+        self._unusable = (
+            "the last forward with this LambdaCache did not finish and may have written half of "
+            "its tokens; call cache.reset() and start again, or make a new cache"
+        )
+
+    def commit(self, first: Tensor, n_new: int, is_decode: bool) -> None:
+        """Closes a forward of `n_new` columns, whose first tokens stood at positions `first` [B].
+
+        In a decode step a negative position is an idle row's, which gained nothing.
+        """
+        assert self.next_positions is not None
+        if is_decode:
+            self.next_positions.add_(first >= 0)
+        else:
+            self.next_positions.copy_(first + n_new)
+        self._progress.seen += n_new
+        self._progress.in_forward = False
+        self._unusable = None
+
+    def close(self, reason: str) -> None:
+        """Ends a forward that the cache cannot be continued from, until `reset()`."""
+        self._progress.in_forward = False
+        self._unusable = reason
+
+    def reset(self) -> None:
+        """Forgets all tokens and keeps the buffers."""
+        self._progress.seen = 0
+        self._progress.in_forward = False
+        self._unusable = None
+        if self.next_positions is not None:
+            self.next_positions.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, unless the ring has overwritten what is then needed.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove; 0 does nothing; a positive value
+                is the length to shorten to, as older transformers pass it.
+
+        Raises:
+            RuntimeError: a ring has dropped keys that the shorter text needs.
+        """
+        seen = self._progress.seen
+        n_remove = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
+        n_remove = min(n_remove, seen)
+        # The next query sees window - 1 earlier keys: a full ring has one to spare.
+        if n_remove > 1 and any(seen > layer.settings.window for layer in self.layers):
+            window = min(layer.settings.window for layer in self.layers)
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) removes {n_remove} of {seen} tokens, but the ring of "
+                f"{window} tokens has overwritten keys that are needed then; start again from a "
+                "new LambdaCache, or patch with a larger window"
+            )
+        self._progress.seen -= n_remove
+        if self.next_positions is not None:
+            self.next_positions.sub_(n_remove).clamp_(min=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Makes row b what row beam_idx[b] was; beam_idx int64 [B]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows `indices`, int64 [rows] or bool [B]."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        for layer in self.layers:
+            layer.select_rows(indices)
+        if self.next_positions is not None:
+            self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
+            self._batch_size = indices.numel()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times, copies side by side."""
+        if self.next_positions is None:
+            return
+        rows = torch.arange(self.next_positions.shape[0], device=self.next_positions.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))

@@ -1,0 +1,129 @@
+"""Text generation that streams: the prompt through a fixed cache in chunks, then token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
+
+from lminf_cuda.cache import LambdaCache
+
+UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
+LONGEST_CHARACTER = 4  # bytes of the longest UTF-8 character
+
+
+class TextStream(BaseStreamer):  # type: ignore[misc]
+    """Turns tokens into text as they come, holding back a character until all its bytes are there.
+
+    Args:
+        tokenizer: decodes the tokens.
+        write: called with each new piece of text.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        """See the class."""
+        self.tokenizer = tokenizer
+        self.write = write
+        self.tokens: list[int] = []  # of the last written piece, then the new ones
+        self.written = 0  # how many of them are written
+        self.is_prompt = True
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _flush(self) -> None:
+        piece = self._decode(self.tokens)[len(self._decode(self.tokens[: self.written])) :]
+        self.tokens = self.tokens[self.written :]
+        self.written = len(self.tokens)
+        if piece:
+            self.write(piece)
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next tokens; `generate` passes the whole prompt first, which is not written."""
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self.tokens.append(token)
+            text = self._decode(self.tokens)
+            waiting = len(self.tokens) - self.written
+            if not text.endswith(UNFINISHED) or waiting >= LONGEST_CHARACTER:
+                self._flush()
+
+    def end(self) -> None:
+        """Write what is left, whole or not."""
+        if len(self.tokens) > self.written:
+            self._flush()
+
+
+@torch.inference_mode()
+def prefill(model: Any, input_ids: torch.Tensor, chunk: int, cache: LambdaCache) -> None:
+    """Read all of input_ids [1, n] but its last token into the cache, `chunk` tokens at a time."""
+    n = input_ids.shape[1] - 1
+    with tqdm(
+        total=n, desc="prompt", unit="tok", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        for start in range(0, n, chunk):
+            piece = input_ids[:, start : min(start + chunk, n)]
+            model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            bar.update(piece.shape[1])
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    write: Callable[[str], object],
+    *,
+    max_new_tokens: int = 256,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    chunk: int = 1024,
+) -> torch.Tensor:
+    """Continue `prompt` with a patched model, writing the text as it comes.
+
+    Args:
+        model: a model that `patch_model` has patched.
+        prompt: not empty; of any length, since memory does not grow with it.
+        write: called with each piece of new text.
+        max_new_tokens: 1 or more.
+        greedy: take the likeliest token each time; temperature and top_p are then not used.
+        temperature: above 0.
+        top_p: in (0, 1]; samples from the likeliest tokens that hold this share of the probability.
+        seed: of torch's random generator; None leaves it as it is.
+        chunk: tokens of the prompt per forward.
+
+    Returns: the new tokens, int64 [n], n <= max_new_tokens.
+    Raises ValueError when the prompt is empty or an option is out of range.
+    """
+    for name, value, allowed, good in (
+        ("max_new_tokens", max_new_tokens, "1 or more", max_new_tokens >= 1),
+        ("temperature", temperature, "above 0; use greedy for the likeliest", temperature > 0),
+        ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
+        ("chunk", chunk, "1 or more", chunk >= 1),
+    ):
+        if not good:
+            raise ValueError(f"{name} must be {allowed}, got {value}")
+    input_ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    if input_ids.shape[1] == 0:
+        raise ValueError("prompt is empty; give some text to continue")
+    if seed is not None:
+        torch.manual_seed(seed)
+    cache = LambdaCache(model)
+    prefill(model, input_ids, chunk, cache)
+    sampling = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    output: torch.Tensor = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        streamer=TextStream(tokenizer, write),
+        max_new_tokens=max_new_tokens,
+        do_sample=not greedy,
+        **sampling,
+    )
+    return output[0, input_ids.shape[1] :]

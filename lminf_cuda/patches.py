@@ -1,0 +1,603 @@
+"""Turns a transformers causal LM into one with Λ attention, and back.
+
+The mechanism, for families whose decoder hands `position_embeddings` to attention modules that ask
+the AttentionInterface (design.md section 3):
+
+- the model's rotary module is replaced by one that rotates nothing, so the attention function gets
+  un-rotated queries and keys (after the families' own norms of them);
+- the config names the attention function `lminf`, which calls the ops; the mask function of the
+  same name passes the 2-D padding mask on, so no mask of n x n entries is ever built;
+- a hook before the decoder's forward checks its inputs once, works out the rows' positions, and
+  sends them to every layer as the keyword argument `lminf_forward`;
+- a hook after it tells the cache that the tokens are in.
+
+To add a family, add a line to FAMILIES when its attention differs in nothing but what `Family`
+names; python_tests/test_patches.py then compares it with the unpatched model and with the
+definition.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation import GenerationMixin
+
+from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
+from .rope import IdentityRotary, Rope, snapshot_rope, training_length
+
+__all__ = ["FAMILIES", "Family", "patch_model", "unpatch_model"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+ATTENTION_NAME = "lminf"
+_PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
+_LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type differs from Llama.
+
+    Attributes:
+        interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
+        uses_rope: of an attention module: whether the layer rotates at all.
+        plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
+            is patched.
+    """
+
+    interleaved: bool = False
+    uses_rope: Callable[[Any], bool] = lambda attention: True
+    plain_methods: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "arcee": Family(),
+    "gemma": Family(),
+    "granite": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "olmo": Family(),
+    "olmo2": Family(),
+    # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
+    "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
+    "qwen2": Family(),
+    "qwen2_moe": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(),
+    "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
+    "starcoder2": Family(),
+}
+
+
+# Per forward: what the hook before the decoder tells the attention function.
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """Where the tokens of one forward stand.
+
+    Attributes:
+        cache: the cache in use, or None.
+        first: int64 [B], the position of each row's first new token, negative where the row begins
+            with padding; None for 0 in all rows (only without a cache).
+        n_tokens: new columns.
+        is_decode: one new column, and a cache that holds some already.
+        is_right_padded: some row ends with padding.
+    """
+
+    cache: LambdaCache | None
+    first: Tensor | None
+    n_tokens: int
+    is_decode: bool
+    is_right_padded: bool
+
+    def first_on(self, device: torch.device) -> Tensor | None:
+        """`first` on the device of the layer that asks."""
+        if self.first is None or self.first.device == device:
+            return self.first
+        return self.first.to(device)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    lminf_forward: ForwardState | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The AttentionInterface function `lminf`.
+
+    Args:
+        module: the attention module of a patched model.
+        query: [B, Hq, S, D], un-rotated.
+        key, value: [B, Hkv, S, D], un-rotated, the new tokens' only.
+        attention_mask: not used: `lminf_forward` knows the padding.
+        scaling: of <q, k>.
+        dropout: must be 0.
+        lminf_forward: from the hook before the decoder's forward.
+
+    Returns:
+        [B, S, Hq, D], and None for the attention weights.
+    """
+    layer: LayerSettings | None = getattr(module, _LAYER_ATTRIBUTE, None)
+    if layer is None or lminf_forward is None:
+        raise RuntimeError(
+            f"attention implementation {ATTENTION_NAME!r} works in a patched model only; load the "
+            "model with another attn_implementation and call lminf_cuda.patch_model(model)"
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
+        )
+    if query.requires_grad:
+        raise RuntimeError(
+            "a patched model has no backward yet: run it under torch.no_grad() or "
+            "torch.inference_mode()"
+        )
+    first = lminf_forward.first_on(query.device)
+    cache = lminf_forward.cache
+    if cache is None:
+        out, _lse = torch.ops.lminf.lambda_attn.default(
+            query,
+            key,
+            value,
+            layer.n_global,
+            layer.window,
+            scale=scaling,
+            k_start=first,
+            **layer.options(query.device),
+        )
+    else:
+        cache_layer = cache.layers[module.layer_idx]  # type: ignore[index]
+        attend = cache_layer.decode if lminf_forward.is_decode else cache_layer.extend
+        out = attend(query, key, value, first, scaling)  # type: ignore[arg-type]
+    return out.transpose(1, 2), None
+
+
+def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    """The AttentionMaskInterface function `lminf`: the padding mask [B, keys] as it came."""
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+
+
+def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tensor | None) -> None:
+    """Refuses position_ids that equal none of `allowed` on the tokens marked `real`.
+
+    `position_ids`, `real` and each of `allowed` are [B or 1, S]; without `real` all are tokens.
+    """
+    if position_ids.ndim != 2:
+        raise ValueError(
+            f"position_ids has {position_ids.ndim} dims; a patched model takes [batch, tokens]"
+        )
+    is_right = torch.zeros(1, dtype=torch.bool, device=position_ids.device)
+    for ids in allowed:
+        fits = position_ids == ids if real is None else (position_ids == ids) | ~real
+        is_right = is_right | fits.all(-1)
+    if not bool(is_right.all()):
+        row = int((~is_right).nonzero()[0])
+        found = position_ids.expand(is_right.shape[0], -1)[row].tolist()
+        shown = f"{found[:8]}..." if len(found) > 8 else f"{found}"
+        raise ValueError(
+            f"position_ids of row {row} are {shown}, but a patched model counts each row's tokens "
+            "itself, from its padding mask and its cache; leave position_ids out. Sequences "
+            "packed into one row are not supported here: give each its own row, or call "
+            "lambda_attn with cu_seqlens"
+        )
+
+
+def _padding(mask: Tensor, counts: Tensor | None, n_old: int) -> tuple[Tensor, bool, Tensor]:
+    """Reads a 2-D padding mask.
+
+    Args:
+        mask: bool [B, n_old + S], True for tokens.
+        counts: int64 [B], tokens of each row in the cache; None without a cache.
+        n_old: columns in the cache.
+
+    Returns:
+        int64 [B], the padding columns at the beginning of each row's new columns; whether a row
+        ends with padding; bool [B, S], which new columns hold tokens.
+
+    Raises:
+        ValueError: padding in the middle of a row, or a mask that disagrees with the cache.
+    """
+    old, new = mask[:, :n_old], mask[:, n_old:]
+    n_new = new.sum(-1)
+    n_left = (new.cumsum(-1) == 0).sum(-1)
+    n_right = (new.flip(-1).cumsum(-1) == 0).sum(-1)
+    is_empty = n_new == 0
+    has_hole = ~is_empty & (n_left + n_new + n_right != new.shape[1])
+    is_right_padded = ~is_empty & (n_right > 0)
+    if counts is not None:
+        if not torch.equal(old.sum(-1), counts):
+            raise ValueError(
+                f"attention_mask marks {old.sum(-1).tolist()} tokens in the first {n_old} "
+                f"columns, but the LambdaCache holds {counts.tolist()}; pass the mask of all "
+                "tokens so far"
+            )
+        has_hole |= (counts > 0) & (n_left > 0)
+    if bool(has_hole.any()):
+        row = int(has_hole.nonzero()[0])
+        raise ValueError(
+            f"attention_mask of row {row} has padding in the middle of its tokens; Λ attention "
+            "takes padding at a row's beginning only (tokenizer.padding_side = 'left')"
+        )
+    return n_left, bool(is_right_padded.any()), new
+
+
+def _may_read_values(inputs: Tensor) -> bool:
+    """Whether the host may look at values freely: it stalls a GPU and splits a compiled graph."""
+    return inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _forward_state(
+    cache: LambdaCache | None,
+    inputs: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+) -> ForwardState:
+    """Checks one forward's mask and positions and says where its tokens stand.
+
+    A decode step that cannot be checked without waiting for a device takes a masked token for an
+    idle row.
+
+    Args:
+        cache: the cache in use, or None.
+        inputs: input_ids [B, S] or inputs_embeds [B, S, hidden].
+        attention_mask: [B, all columns so far] or None.
+        position_ids: [B or 1, S] or None.
+    """
+    batch_size, n_tokens = inputs.shape[:2]
+    n_old, counts = (0, None) if cache is None else (cache.get_seq_length(), cache.next_positions)
+    if cache is not None and counts is None:
+        counts = torch.zeros(batch_size, dtype=torch.int64, device=inputs.device)
+    if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            kind = (
+                f"{attention_mask.ndim}-D" if isinstance(attention_mask, Tensor) else "not a tensor"
+            )
+            raise ValueError(
+                f"attention_mask is {kind}; a patched model takes a padding mask [batch, tokens] "
+                "or None, since the Λ mask is its own"
+            )
+        if attention_mask.shape[1] != n_old + n_tokens:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns; it must have "
+                f"{n_old + n_tokens}: {n_old} in the cache and {n_tokens} new ones"
+            )
+    first = counts
+    if n_tokens == 1 and n_old > 0 and not _may_read_values(inputs):
+        if attention_mask is not None and counts is not None:
+            first = torch.where(attention_mask[:, -1].to(counts.device) != 0, counts, -1)
+        return ForwardState(cache, first, n_tokens, is_decode=True, is_right_padded=False)
+
+    real: Tensor | None = None
+    is_right_padded = False
+    if attention_mask is not None:
+        mask = attention_mask != 0
+        # Earlier columns were read when they were new.
+        if not bool(mask[:, n_old:].all()):
+            mask = mask if counts is None else mask.to(counts.device)
+            n_left, is_right_padded, real = _padding(mask, counts, n_old)
+            first = -n_left if counts is None else counts - n_left
+    if position_ids is not None:
+        columns = torch.arange(n_tokens, device=position_ids.device)
+        allowed = [(n_old + columns)[None]]  # columns, or each row's own tokens
+        if first is not None:
+            allowed.append(first[:, None].to(columns.device) + columns)
+        real = None if real is None else real.to(columns.device)
+        _check_position_ids(position_ids, allowed, real)
+    is_decode = n_tokens == 1 and n_old > 0 and real is None
+    return ForwardState(cache, first, n_tokens, is_decode, is_right_padded)
+
+
+class _Patch:
+    """What `patch_model` changed in a model. Its methods are the hooks; it can be deep-copied."""
+
+    def __init__(
+        self, model: nn.Module, decoder: Any, family: Family, settings: LambdaSettings
+    ) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.settings = settings
+        self.input_names = list(inspect.signature(decoder.forward).parameters)
+        self.attn_implementation: str | None = decoder.config._attn_implementation
+
+        # A config may be shared with another model, which must not change.
+        shared = decoder.config
+        config = copy.deepcopy(shared)
+        for module in model.modules():
+            if module.__dict__.get("config") is shared:
+                module.config = config
+        config._attn_implementation = ATTENTION_NAME
+
+        for layer, layer_settings in zip(decoder.layers, settings.layers, strict=True):
+            setattr(layer.self_attn, _LAYER_ATTRIBUTE, layer_settings)
+        decoder.rotary_emb = IdentityRotary(decoder.rotary_emb)
+        self.hooks = [
+            decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self.after_forward, with_kwargs=True),
+        ]
+
+        self.overridden: list[tuple[nn.Module, str]] = []
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                self.override(module, "_prepare_cache_for_generation", _prepare_cache)
+                for name in family.plain_methods:
+                    self.override(module, name, getattr(GenerationMixin, name))
+            if isinstance(module, GenerationMixin) or module in (model, decoder):
+                setattr(module, SETTINGS_ATTRIBUTE, settings)
+        setattr(decoder, _PATCH_ATTRIBUTE, self)
+
+    def override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Lets one instance answer to `name` by `function`."""
+        setattr(module, name, MethodType(function, module))
+        self.overridden.append((module, name))
+
+    def remove(self) -> None:
+        """Puts everything back."""
+        for hook in self.hooks:
+            hook.remove()
+        for module, name in self.overridden:
+            delattr(module, name)
+        for module in self.model.modules():
+            for name in (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, _LAYER_ATTRIBUTE):
+                if name in module.__dict__:
+                    delattr(module, name)
+        self.decoder.rotary_emb = self.decoder.rotary_emb.original
+        self.decoder.config._attn_implementation = self.attn_implementation
+
+    def before_forward(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook before the decoder's forward: checks, makes a cache, works out positions."""
+        kwargs = dict(zip(self.input_names, args, strict=False)) | kwargs
+        config = decoder.config
+        if config._attn_implementation != ATTENTION_NAME:
+            raise RuntimeError(
+                "attn_implementation of a patched model was set to "
+                f"{config._attn_implementation!r}; call unpatch_model(model) before changing it"
+            )
+        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise ValueError(
+                "output_attentions=True asks for attention weights, which Λ attention never "
+                "stores; leave it out, or call unpatch_model(model) first"
+            )
+        inputs = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            return (), kwargs  # the model's own error is clear
+
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if getattr(config, "use_cache", False) if use_cache is None else use_cache:
+                cache = kwargs["past_key_values"] = LambdaCache(decoder)
+        else:
+            _check_cache(cache)
+        if cache is not None:
+            cache.check(self.settings, inputs.shape[0])
+        state = _forward_state(
+            cache, inputs, kwargs.get("attention_mask"), kwargs.get("position_ids")
+        )
+        if cache is not None:
+            assert state.first is not None
+            cache.begin(state.first)
+        kwargs["lminf_forward"] = state
+        return (), kwargs
+
+    def after_forward(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Hook after the decoder's forward: the tokens are in the cache."""
+        state: ForwardState = kwargs["lminf_forward"]
+        if state.cache is None or state.first is None:
+            return
+        if state.is_right_padded:
+            state.cache.close(
+                "the LambdaCache holds rows that end with padding, after which no token can "
+                "follow; pad on the left (tokenizer.padding_side = 'left')"
+            )
+        else:
+            state.cache.commit(state.first, state.n_tokens, state.is_decode)
+
+
+def _check_cache(cache: Any) -> None:
+    if not isinstance(cache, LambdaCache):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}; a patched model takes a LambdaCache: "
+            "leave the argument out, or pass lminf_cuda.LambdaCache(model)"
+        )
+
+
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """Stands for GenerationMixin._prepare_cache_for_generation: `generate()` gets a LambdaCache."""
+    if generation_config.cache_implementation is not None:
+        raise ValueError(
+            f"cache_implementation is {generation_config.cache_implementation!r}; a patched model "
+            "has its own cache: leave the argument out"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        _check_cache(cache)
+        type(model)._prepare_cache_for_generation(
+            model, generation_config, model_kwargs, *args, **kwargs
+        )
+    elif generation_config.use_cache is not False:
+        model_kwargs["past_key_values"] = LambdaCache(model)
+
+
+def _find_decoder(model: nn.Module) -> tuple[Any, Family]:
+    """The module that owns the decoder layers, and its family.
+
+    Raises:
+        ValueError: none, or more than one, of a supported type.
+    """
+    supported = f"supported model types: {', '.join(sorted(FAMILIES))}"
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"model is a {type(model).__name__} without a transformers config; {supported}"
+        )
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; {supported}")
+    decoders: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        and isinstance(getattr(module, "rotary_emb", None), nn.Module)
+    ]
+    if len(decoders) != 1 or not all(_has_llama_shape(layer) for layer in decoders[0].layers):
+        raise ValueError(
+            f"this {type(model).__name__} calls itself {model_type!r} but is not built like "
+            f"transformers' own (one decoder with rotary_emb and layers[i].self_attn); {supported}"
+        )
+    if not getattr(decoders[0].config, "is_causal", True):
+        raise ValueError("config.is_causal is False; Λ attention is causal: use a causal LM")
+    return decoders[0], FAMILIES[model_type]
+
+
+def _has_llama_shape(layer: nn.Module) -> bool:
+    attention = getattr(layer, "self_attn", None)
+    return (
+        attention is not None
+        and any(
+            cls.__module__.startswith("transformers.models.") for cls in type(attention).__mro__
+        )
+        and all(hasattr(attention, name) for name in ("layer_idx", "scaling"))
+    )
+
+
+def _sliding_window(config: Any, layer_idx: int) -> int | None:
+    """The window of a layer that slides in the unpatched model, or None."""
+    sliding: int | None = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if sliding is None or (layer_types and layer_types[layer_idx] != "sliding_attention"):
+        return None
+    return sliding
+
+
+def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum}{why}")
+
+
+def _own_windows(decoder: Any) -> list[int | None]:
+    """For each layer the window over which it slides in the unpatched model, or None."""
+    return [_sliding_window(decoder.config, layer.self_attn.layer_idx) for layer in decoder.layers]
+
+
+def _resolve_lengths(
+    decoder: Any, n_global: Any, window: Any, max_distance: Any
+) -> tuple[int, int, int]:
+    """Checks patch_model's arguments and fills in what is None: n_global, window, max_distance."""
+    if window is None:
+        window = training_length(decoder.config)
+        own = [length for length in _own_windows(decoder) if length is not None]
+        if len(own) == len(decoder.layers):
+            window = min(window, *own)
+    _check_setting("n_global", n_global, 0, "")
+    _check_setting("window", window, 1, " (the query's own key)")
+    if max_distance is None:
+        max_distance = window
+    _check_setting("max_distance", max_distance, window, ", the window")
+    return n_global, window, max_distance
+
+
+def _resolve_layers(
+    decoder: Any, family: Family, n_global: int, window: int, max_distance: int
+) -> list[LayerSettings]:
+    """Every layer's share of the settings."""
+    rope = snapshot_rope(decoder.rotary_emb, interleaved=family.interleaved)
+    layers = []
+    for layer, own in zip(decoder.layers, _own_windows(decoder), strict=True):
+        layer_rope: Rope | None = rope if family.uses_rope(layer.self_attn) else None
+        if own is not None and own < window:
+            # The layer was trained to see no further, and never saw the first tokens from afar.
+            layers.append(LayerSettings(0, own, own, layer_rope))
+        else:
+            layers.append(LayerSettings(n_global, window, max_distance, layer_rope))
+    return layers
+
+
+def patch_model(
+    model: Model,
+    *,
+    n_global: int = 16,
+    window: int | None = None,
+    max_distance: int | None = None,
+) -> Model:
+    """Gives a transformers causal LM Λ attention (design.md section 2), in place.
+
+    Every layer then attends to the first `n_global` and the last `window` tokens, and `generate()`
+    and forwards with use_cache keep a `LambdaCache` of that size. A layer that already slides over
+    a shorter window keeps its own attention. `model.config` becomes a copy of what it was.
+
+    Args:
+        model: of one of the types in `FAMILIES`.
+        n_global: tokens at the beginning that are seen from everywhere; at least 0.
+        window: tokens, the query's own included, that are seen behind every query; at least 1. None
+            is the training length, or the shorter window over which all layers slide.
+        max_distance: no larger distance enters the attention; at least `window`, which is the
+            default.
+
+    Returns:
+        `model`. Patching again with the same settings changes nothing.
+
+    Raises:
+        TypeError: a setting is not an int.
+        ValueError: a setting is out of range, the model's type is not supported, or the model is
+            patched with other settings.
+    """
+    decoder, family = _find_decoder(model)
+    lengths = _resolve_lengths(decoder, n_global, window, max_distance)
+    patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
+    if patch is None:
+        layers = _resolve_layers(decoder, family, *lengths)
+        _Patch(model, decoder, family, LambdaSettings(*lengths, layers))
+        return model
+    asked, is_now = LambdaSettings(*lengths, []), patch.settings
+    if str(asked) != str(is_now):
+        raise ValueError(
+            f"this {type(model).__name__} is patched with {is_now} and cannot be patched with "
+            f"{asked} on top; call unpatch_model(model) first"
+        )
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Undoes `patch_model`, in place: the same logits as before, bit for bit.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: `model` is not patched.
+    """
+    for module in model.modules():
+        patch: _Patch | None = getattr(module, _PATCH_ATTRIBUTE, None)
+        if patch is not None:
+            patch.remove()
+            return model
+    raise ValueError(f"this {type(model).__name__} is not patched; call patch_model(model) first")

@@ -1,0 +1,122 @@
+"""The plot of an evaluation: loss by position beside the memory of the caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lminf_cuda.evaluate import CUT, LM_INFINITE, VANILLA, Evaluation
+
+BUCKETS_PER_OCTAVE = 8
+COLORS = {VANILLA: "#c4453c", LM_INFINITE: "#1f5fa8", CUT: "#f0b64d"}
+# The baseline is a broad band, so that it shows on both sides of a line that covers it.
+WIDTHS = {VANILLA: 1.5, LM_INFINITE: 1.5, CUT: 6.0}
+LABELS = {
+    VANILLA: "vanilla, growing cache",
+    LM_INFINITE: "LM-Infinite, fixed cache",
+    CUT: "cut to the training length, recomputed",
+}
+
+
+def bucket_means(
+    values: np.ndarray, per_octave: int = BUCKETS_PER_OCTAVE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of values[t], t = 0.., over buckets of position t + 1 that widen with the position.
+
+    Returns (positions, means): the geometric middle of each non-empty bucket and its mean.
+    """
+    if len(values) == 0:
+        return np.empty(0), np.empty(0)
+    octaves = int(np.ceil(np.log2(len(values)))) + 1
+    edges = np.unique(np.ceil(2 ** (np.arange(octaves * per_octave + 1) / per_octave)).astype(int))
+    edges = np.append(edges[edges <= len(values)], len(values) + 1)
+    means = np.add.reduceat(values.astype(np.float64), edges[:-1] - 1) / np.diff(edges)
+    return np.sqrt(edges[:-1] * (edges[1:] - 1.0)), means
+
+
+def _mark_training_length(axes: Axes, train_length: int) -> None:
+    axes.axvline(train_length, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"training length {train_length:,}",
+        (train_length, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(-3, -4),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="top",
+        fontsize=8,
+    )
+
+
+def _length_axis(axes: Axes, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+
+
+def _plot_loss(axes: Axes, evaluation: Evaluation) -> None:
+    for method in (CUT, VANILLA, LM_INFINITE):
+        trace = evaluation.traces[method]
+        positions, means = bucket_means(trace.nats)
+        shown = positions >= evaluation.lengths[0] / 8
+        axes.plot(
+            positions[shown],
+            means[shown],
+            color=COLORS[method],
+            linewidth=WIDTHS[method],
+            label=LABELS[method],
+        )
+        if trace.stopped and shown.any():
+            axes.plot(positions[-1], means[-1], "x", color=COLORS[method])
+            axes.annotate(
+                f"stopped at {len(trace.nats) + 1:,}",
+                (positions[-1], means[-1]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=COLORS[method],
+            )
+    axes.set_ylabel("negative log likelihood (nats per token)")
+    axes.set_title("Loss by position")
+    axes.legend(fontsize=8, loc="center right")
+
+
+def _plot_memory(axes: Axes, evaluation: Evaluation) -> None:
+    for method in (VANILLA, LM_INFINITE):
+        trace = evaluation.traces[method]
+        sizes = np.array(trace.cache_bytes) / 2**20
+        axes.plot(trace.ends, sizes, color=COLORS[method], label=LABELS[method])
+        if trace.stopped and len(sizes):
+            axes.plot(trace.ends[-1], sizes[-1], "x", color=COLORS[method])
+    axes.set_yscale("log")
+    axes.set_ylabel("keys and values kept (MiB)")
+    axes.set_title("Cache memory")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.12, 1.0))
+
+
+def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write a PNG: loss by position (means over buckets) and the bytes of each cache."""
+    figure = Figure(figsize=(12, 4.5))
+    loss, memory = figure.subplots(1, 2, width_ratios=(3, 2))
+    _plot_loss(loss, evaluation)
+    _plot_memory(memory, evaluation)
+    for axes in (loss, memory):
+        _length_axis(axes, evaluation.lengths)
+        _mark_training_length(axes, evaluation.train_length)
+    settings = evaluation.settings
+    figure.suptitle(
+        f"{settings.get('model', 'model')}: n_global {settings['n_global']}, "
+        f"window {settings['window']}, {settings['dtype']}, "
+        f"cut baseline every {settings['baseline_stride']} tokens",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

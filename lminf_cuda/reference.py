@@ -1,0 +1,317 @@
+"""Λ attention as its definition reads (design.md section 2): dense, slow, in plain PyTorch.
+
+Every kernel of this project is tested against this file. It takes any floating dtype and computes
+in that dtype: with float64 tensors it is the truth, with bfloat16 or float16 ones it is what an
+eager implementation in that dtype would give, the yardstick for a kernel's error. Only the rotation
+angles are always float64.
+
+A query at position i sees the key at position j, at distance d = i - j, when
+
+    d >= 0  and  (d < window  or  j < n_global)
+
+and meets it as if it stood at distance min(d, max_distance). Keys that a query does not see cannot
+reach its row, whatever they hold: NaN and infinity included.
+
+Letters in shape comments: B batch, Hq and Hkv heads of queries and keys, Sq queries, Sk keys, D
+head dim, R rotary dim, G = n_global, C ring capacity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["clamped_rope", "lambda_attention", "lambda_decode"]
+
+
+def _rotate(
+    x: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    scaling: float,
+    interleaved: bool,
+) -> Tensor:
+    """R(position) x for every row of x, times `scaling`; dims past R pass through.
+
+    Args:
+        x: [B, H, S, D].
+        positions: int64 [B, S].
+        inv_freq: [R/2].
+        scaling: multiplies the R rotated dims.
+        interleaved: pairs are (2t, 2t+1) instead of (t, t + R/2).
+    """
+    angle = positions[:, None, :, None].double() * inv_freq.double()  # [B, 1, S, R/2]
+    cos = (angle.cos() * scaling).to(x.dtype)
+    sin = (angle.sin() * scaling).to(x.dtype)
+    rotary_dim = 2 * inv_freq.numel()
+    pairs, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    a, b = (pairs[..., 0::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, dim=-1)
+    rotated = (a * cos - b * sin, b * cos + a * sin)
+    halves = torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
+    return torch.cat([halves, rest], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """The score of a pair: s = scale * <R(min(d, L)) q, k> - slope * min(d, L), then softcap."""
+
+    max_distance: int  # L
+    inv_freq: Tensor | None
+    rope_scaling: float
+    rope_interleaved: bool
+    alibi_slopes: Tensor | None
+    scale: float
+    softcap: float
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.inv_freq is None:
+            return x
+        return _rotate(x, positions, self.inv_freq, self.rope_scaling, self.rope_interleaved)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, k_rotated: int = 0
+    ) -> Tensor:
+        """The scores of all pairs, [B, Hq, Sq, Sk].
+
+        R(d) q · k is taken as R(i) q · R(j) k, and R(L) q · k as it stands. Entry (i, j) depends on
+        q_i and k_j alone, so what a masked key holds stays in its own column.
+
+        Args:
+            q: [B, Hq, Sq, D].
+            k: [B, Hkv, Sk, D]; its first `k_rotated` keys are R(j) k already.
+            q_pos: [B, Sq].
+            k_pos: [B, Sk].
+            k_rotated: see k.
+        """
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]  # [B, 1, Sq, Sk]
+        k_at_j = torch.cat([k[:, :, :k_rotated], self.rotate(k, k_pos)[:, :, k_rotated:]], dim=2)
+        s = self.rotate(q, q_pos) @ k_at_j.mT
+        if self.inv_freq is not None:
+            q_at_limit = self.rotate(q, torch.full_like(q_pos, self.max_distance))
+            k_at_zero = self.rotate(k, torch.zeros_like(k_pos))
+            s = torch.where(distance < self.max_distance, s, q_at_limit @ k_at_zero.mT)
+        s = s * self.scale
+        if self.alibi_slopes is not None:
+            clamped = distance.clamp(max=self.max_distance)
+            s = s - (self.alibi_slopes.double()[:, None, None] * clamped).to(s.dtype)
+        return self.softcap * torch.tanh(s / self.softcap) if self.softcap > 0 else s
+
+
+def _attend(
+    s: Tensor, visible: Tensor, v: Tensor, sink_logits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the visible keys and the weighted sum of their values: out and lse.
+
+    Args:
+        s: scores, [B, Hq, Sq, Sk].
+        visible: bool, [B, Sq, Sk].
+        v: [B, Hkv, Sk, D].
+        sink_logits: [Hq], one more term of the softmax's denominator, or None.
+    """
+    visible = visible[:, None]
+    v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
+    s = s.masked_fill(~visible, -math.inf)
+    lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1)
+    if sink_logits is not None:
+        sink = sink_logits.to(s.dtype)[None, :, None, None].expand(*s.shape[:-1], 1)
+        s = torch.cat([s, sink], dim=-1)
+    p = s.softmax(dim=-1)[..., : v.shape[2]]  # NaN where a row sees nothing at all
+    p = p.masked_fill(~visible, 0.0)
+
+    # 0 * NaN is NaN: a value that is not finite is added only to the rows that see it.
+    finite = v.isfinite()
+    out = p @ v.masked_fill(~finite, 0.0)
+    for j in (~finite).any(-1).flatten(0, 1).any(0).nonzero().flatten().tolist():
+        bad = torch.where(finite[:, :, j], 0.0, v[:, :, j])[:, :, None, :]
+        out = out + (p[..., j, None] * bad).masked_fill(~visible[..., j, None], 0.0)
+    return out, lse
+
+
+def lambda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    n_global: int,
+    window: int,
+    max_distance: int | None = None,
+    inv_freq: Tensor | None = None,
+    rope_scaling: float = 1.0,
+    rope_interleaved: bool = False,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    k_start: Tensor | None = None,
+    global_k: Tensor | None = None,
+    global_v: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    k_rotated: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attends to the first `n_global` and the last `window` tokens, at clamped distance.
+
+    Args:
+        q: [B, Hq, Sq, D], un-rotated: the last Sq of the Sk positions.
+        k: [B, Hkv, Sk, D], un-rotated; Hq is a multiple of Hkv.
+        v: [B, Hkv, Sk, D].
+        n_global: the first so many positions are seen from everywhere.
+        window: so many keys, the query's own included, are seen behind every query; at least 1.
+        max_distance: no distance above it enters a score; at least `window`, which is the default.
+        inv_freq: [R/2] rotary frequencies, or None for no rotary embedding.
+        rope_scaling: multiplies the R rotated dims of q and of k.
+        rope_interleaved: pairs are (2t, 2t+1) instead of (t, t + R/2).
+        alibi_slopes: [Hq]; slope * min(d, max_distance) is taken from the score.
+        sink_logits: [Hq]; one more term in the softmax's denominator, and not in lse.
+        scale: of <q, k>; 1/sqrt(D) by default.
+        softcap: c > 0 makes a score c * tanh(score / c).
+        k_start: int64 [B], position of each row's first key; 0 by default. Keys at negative
+            positions are padding.
+        global_k: [B, Hkv, G, D], un-rotated keys of positions 0 .. G-1: the keys at d >= window are
+            read from here, and those at d < window from k.
+        global_v: [B, Hkv, G, D], as global_k.
+        cu_seqlens: int32 [n + 1], boundaries of sequences packed along S; B = 1 and Sq = Sk.
+        k_rotated: so many leading keys of k already carry their own rotation and rope scaling.
+        return_lse: also return lse.
+
+    Returns:
+        out [B, Hq, Sq, D] in q's dtype, and with `return_lse` the natural log-sum-exp of the
+        visible scores, [B, Hq, Sq], float32 (float64 for float64 inputs). A row that sees no key
+        has out 0 and lse -inf.
+    """
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[2], k.shape[2]
+    score = _Score(
+        max_distance=window if max_distance is None else max_distance,
+        inv_freq=inv_freq,
+        rope_scaling=rope_scaling,
+        rope_interleaved=rope_interleaved,
+        alibi_slopes=alibi_slopes,
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        softcap=softcap,
+    )
+    index = torch.arange(seqlen_k, device=q.device).expand(batch, -1)  # [B, Sk]
+    if cu_seqlens is not None:  # positions start anew in every sequence
+        sequence = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
+        k_pos = index - cu_seqlens.long()[sequence]
+    else:
+        sequence = torch.zeros_like(index)
+        k_pos = index if k_start is None else k_start[:, None] + index
+    q_pos = k_pos[:, seqlen_k - seqlen_q :]  # [B, Sq]
+    same_sequence = sequence[:, seqlen_k - seqlen_q :, None] == sequence[:, None, :]
+
+    i, j = q_pos[:, :, None], k_pos[:, None, :]
+    causal = same_sequence & (j >= 0) & (i - j >= 0)  # [B, Sq, Sk]
+    s = score(q, k, q_pos, k_pos, k_rotated)
+    if global_k is None or global_v is None:
+        visible = causal & ((i - j < window) | (j < n_global))
+    else:
+        g_pos = torch.arange(n_global, device=q.device).expand(batch, -1)  # [B, G]
+        s = torch.cat([s, score(q, global_k, q_pos, g_pos)], dim=-1)
+        visible = torch.cat([causal & (i - j < window), i - g_pos[:, None, :] >= window], dim=-1)
+        v = torch.cat([v, global_v], dim=2)
+    out, lse = _attend(s, visible, v, sink_logits)
+    return (out, lse) if return_lse else out
+
+
+def clamped_rope(
+    x: Tensor,
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    *,
+    max_position: int | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rotates x by min(position, max_position); negative positions rotate backwards.
+
+    Args:
+        x: [B, H, S, D].
+        position_ids: int64 [S] or [B, S].
+        inv_freq: [R/2]; dims from R on are copied.
+        max_position: the largest position that is rotated by, or None for no limit.
+        scaling: multiplies the rotated dims.
+        interleaved: pairs are (2t, 2t+1) instead of (t, t + R/2).
+
+    Returns:
+        [B, H, S, D] in x's dtype.
+    """
+    positions = position_ids.expand(x.shape[0], x.shape[2])
+    if max_position is not None:
+        positions = positions.clamp(max=max_position)
+    return _rotate(x, positions, inv_freq, scaling, interleaved)
+
+
+def lambda_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    global_k: Tensor,
+    global_v: Tensor,
+    positions: Tensor,
+    window: int,
+    *,
+    max_distance: int | None = None,
+    inv_freq: Tensor | None = None,
+    rope_scaling: float = 1.0,
+    rope_interleaved: bool = False,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Appends one token of each row to a cache of fixed size, in place, and attends from it.
+
+    The token at position p goes to ring slot p % C, and to global slot p when p < G. Slots that no
+    token has reached yet are never read.
+
+    Args:
+        q: [B, Hq, 1, D], un-rotated.
+        k: [B, Hkv, 1, D], un-rotated.
+        v: [B, Hkv, 1, D].
+        ring_k: [B, Hkv, C, D], C >= window, keys rotated to their own position; written.
+        ring_v: [B, Hkv, C, D]; written.
+        global_k: [B, Hkv, G, D], un-rotated keys of positions 0 .. G-1; written.
+        global_v: [B, Hkv, G, D]; written.
+        positions: int64 [B], the new token's position; a row with a negative one is idle: nothing
+            is written, out is 0 and lse -inf.
+        window: as in lambda_attention, and so for the options that are not named here.
+
+    Returns:
+        out [B, Hq, 1, D] in q's dtype and lse [B, Hq, 1], as in lambda_attention.
+    """
+    capacity, n_global = ring_k.shape[2], global_k.shape[2]
+    score = _Score(
+        max_distance=window if max_distance is None else max_distance,
+        inv_freq=inv_freq,
+        rope_scaling=rope_scaling,
+        rope_interleaved=rope_interleaved,
+        alibi_slopes=alibi_slopes,
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        softcap=softcap,
+    )
+    p = positions[:, None]  # [B, 1]
+
+    k_at_p = score.rotate(k, p)
+    for b, position in enumerate(positions.tolist()):
+        if position >= 0:
+            ring_k[b, :, position % capacity] = k_at_p[b, :, 0]
+            ring_v[b, :, position % capacity] = v[b, :, 0]
+        if 0 <= position < n_global:
+            global_k[b, :, position] = k[b, :, 0]
+            global_v[b, :, position] = v[b, :, 0]
+
+    # Slot c holds the latest position that is c modulo C.
+    ring_pos = p - (p - torch.arange(capacity, device=q.device)) % capacity  # [B, C]
+    global_pos = torch.arange(n_global, device=q.device).expand(q.shape[0], -1)  # [B, G]
+    in_window = (p >= 0) & (ring_pos >= 0) & (p - ring_pos < window)
+    visible = torch.cat([in_window, p - global_pos >= window], dim=-1)[:, None, :]
+    s_ring = score(q, ring_k, p, ring_pos, k_rotated=capacity)
+    s_global = score(q, global_k, p, global_pos)
+    values = torch.cat([ring_v, global_v], dim=2)
+    return _attend(torch.cat([s_ring, s_global], dim=-1), visible, values, sink_logits)

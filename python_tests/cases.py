@@ -1,0 +1,250 @@
+"""What the op tests share: how an op is called on a backend, inputs, and when a result is right.
+
+Truth is the float64 reference. A bfloat16 or float16 result may be at most twice as wrong as the
+reference run in that dtype, and 1.5 times on average (design.md section 7); a float32 result has
+the fixed bounds below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lminf_cuda import reference
+
+INF = math.inf
+NAN = math.nan
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *LOW_PRECISION)
+
+# Inputs are standard normal, so a score is a sum of D products, scaled to about 1: it is off by a
+# few 2^-24 from its sum, and by as much again from cosines and sines rounded to float32 (2^-23 at
+# the angle π). A weight is off by the same factor, relatively, and an output by that times max|v|.
+FLOAT32_MAX = 3e-6
+FLOAT32_MEAN = 2e-7
+
+# The sizes at which a kernel may cut its tiles, and the lengths around them.
+TILE_SIZES = (16, 32, 64, 128, 256)
+TILE_EDGES = tuple(n + e for n in TILE_SIZES for e in (-1, 0, 1))
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Most tensors here are so small that more than one thread would only wait for the others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> Any:
+    """torch.ops.lminf.<op> on the backend; CPU tensors in, CPU tensors out, writes in place."""
+    function = getattr(torch.ops.lminf, op)
+    device = "cuda" if backend == "cuda" else "cpu"
+    moved: list[tuple[Tensor, Tensor]] = []
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor) or device == "cpu":
+            return x
+        moved.append((x, x.to(device)))
+        return moved[-1][1]
+
+    with torch_threads(threads):
+        result = function(*map(move, args), **{name: move(x) for name, x in kwargs.items()})
+    if op == "lambda_decode":
+        for here, there in moved:
+            here.copy_(there)
+    if isinstance(result, Tensor):
+        return result.cpu()
+    return tuple(x.cpu() for x in result)
+
+
+def randn(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def qkv(
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    batch: int = 1,
+    heads_q: int = 2,
+    heads_kv: int = 1,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> list[Tensor]:
+    keys = (batch, heads_kv, seqlen_k, head_dim)
+    return randn(seed, (batch, heads_q, seqlen_q, head_dim), keys, keys, dtype=dtype)
+
+
+def frequencies(rotary_dim: int, base: float = 10000.0) -> Tensor:
+    t = torch.arange(rotary_dim // 2, dtype=torch.float64)
+    return (base ** (-2 * t / rotary_dim)).float()
+
+
+def slopes(heads: int) -> Tensor:
+    """The ALiBi paper's slopes for a power of two, near enough for any other number."""
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+
+
+# Every option of the score by itself and all together, for a number of heads and a head dim.
+OPTION_NAMES = (
+    "none",
+    "rope",
+    "rope interleaved",
+    "rope partial",
+    "rope scaled",
+    "rope float64",
+    "alibi",
+    "sink",
+    "scale",
+    "softcap",
+    "all",
+)
+
+
+def options(name: str, heads: int, head_dim: int) -> dict[str, Any]:
+    full = head_dim // 2 * 2
+    partial = max(2, head_dim // 4 * 2)
+    sink = torch.linspace(-2, 3, heads)
+    table: dict[str, dict[str, Any]] = {
+        "none": {},
+        "rope": {"inv_freq": frequencies(full)},
+        "rope interleaved": {"inv_freq": frequencies(full), "rope_interleaved": True},
+        "rope partial": {"inv_freq": frequencies(partial)},
+        "rope scaled": {"inv_freq": frequencies(full), "rope_scaling": 1.25},
+        "rope float64": {"inv_freq": frequencies(full).double() * (1 + 1e-9)},
+        "alibi": {"alibi_slopes": slopes(heads)},
+        "sink": {"sink_logits": sink},
+        "scale": {"scale": 0.3 / math.sqrt(head_dim)},
+        "softcap": {"softcap": 1.5},
+        "all": {
+            "inv_freq": frequencies(partial),
+            "rope_scaling": 1.1,
+            "rope_interleaved": True,
+            "alibi_slopes": slopes(heads),
+            "sink_logits": sink,
+            "scale": 0.8 / math.sqrt(head_dim),
+            "softcap": 4.0,
+        },
+    }
+    return table[name]
+
+
+def widen(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def run_reference(
+    q: Tensor, k: Tensor, v: Tensor, widened: bool, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    if widened:
+        q, k, v = widen(q), widen(k), widen(v)
+        keep = ("inv_freq", "alibi_slopes", "sink_logits")
+        kwargs = {name: x if name in keep else widen(x) for name, x in kwargs.items()}
+    result = reference.lambda_attention(q, k, v, **kwargs, return_lse=True)
+    assert isinstance(result, tuple)
+    return result
+
+
+def worst(ours: Tensor, truth: Tensor, error: Tensor) -> str:
+    flat = int(error.argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
+    return (
+        f"worst at {at}: {ours[at].item():.8g} instead of {truth[at].item():.8g}, "
+        f"off by {error[at].item():.3g}"
+    )
+
+
+def assert_right(what: str, ours: Tensor, truth: Tensor, eager: Tensor | None = None) -> None:
+    """`ours` is as near to `truth` as its dtype allows; `eager` is needed below float32.
+
+    Infinite entries must be the same ones. `ours` may not hold NaN where `truth` does not.
+    """
+    assert ours.shape == truth.shape, f"{what}: shape {ours.shape} instead of {truth.shape}"
+    ours = ours.double()
+    same_kind = (ours.isnan() == truth.isnan()) & (ours.isinf() == truth.isinf())
+    same_kind &= ~truth.isinf() | (ours == truth)
+    assert same_kind.all(), (
+        f"{what}: {int((~same_kind).sum())} of {same_kind.numel()} entries differ in being finite, "
+        f"first at {(~same_kind).nonzero()[0].tolist()}"
+    )
+    finite = truth.isfinite()
+    if not finite.any():
+        return
+    truth, ours = truth.masked_fill(~finite, 0.0), ours.masked_fill(~finite, 0.0)
+    error = (ours - truth).abs()
+    size = max(1.0, truth.abs().max().item())
+    if eager is None:
+        max_bound, mean_bound = FLOAT32_MAX * size, FLOAT32_MEAN * size
+    else:
+        # In a handful of entries the yardstick may be right by luck: a quarter of the last bit,
+        # which the rounding of the output alone exceeds, is never counted against us.
+        unit = torch.finfo(eager.dtype).eps * truth.abs() / 4
+        yardstick = (eager.double().masked_fill(~finite, 0.0) - truth).abs()
+        max_bound = 2 * yardstick.max().item() + unit.max().item()
+        mean_bound = 1.5 * yardstick.mean().item() + unit.mean().item()
+    assert error.max().item() <= max_bound, (
+        f"{what}: max error {error.max():.3g} > {max_bound:.3g}; {worst(ours, truth, error)}"
+    )
+    assert error.mean().item() <= mean_bound, (
+        f"{what}: mean error {error.mean():.3g} > {mean_bound:.3g}; {worst(ours, truth, error)}"
+    )
+
+
+@torch_threads(1)
+def check_lambda_attn(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Runs the op and the reference; compares values, shapes, dtypes and strides of out and lse."""
+    positional = {name: kwargs[name] for name in ("n_global", "window")}
+    rest = {name: x for name, x in kwargs.items() if name not in positional}
+    out, lse = call(backend, "lambda_attn", q, k, v, *positional.values(), **rest)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert lse.shape == q.shape[:3] and lse.is_contiguous()
+    like = torch.empty_like(q)
+    if like.stride(-1) == 1:
+        assert out.stride() == like.stride()
+    truth, truth_lse = run_reference(q, k, v, True, **kwargs)
+    eager = eager_lse = None
+    if q.dtype != torch.float32:
+        eager, eager_lse = run_reference(q, k, v, False, **kwargs)
+    assert_right("out", out, truth, eager)
+    # lse stays in float32: the yardstick's lse has its scores' error, and no rounding of its own.
+    if eager_lse is None:
+        assert_right("lse", lse, truth_lse)
+    else:
+        assert_low_precision_lse(lse, truth_lse, eager_lse, q.dtype)
+    return out, lse
+
+
+def assert_low_precision_lse(lse: Tensor, truth: Tensor, eager: Tensor, dtype: torch.dtype) -> None:
+    finite = truth.isfinite()
+    assert torch.equal(lse.isfinite(), finite) and (lse[~finite] == -INF).all()
+    if not finite.any():
+        return
+    error = (lse.double() - truth)[finite].abs()
+    yardstick = (eager.double() - truth)[finite].abs()
+    # One key alone has its score for lse, whose inputs are rounded after they are rotated.
+    unit = torch.finfo(dtype).eps / 4 * max(1.0, truth[finite].abs().max().item())
+    assert error.max() <= 2 * yardstick.max() + unit, (
+        f"lse: max error {error.max():.3g}, yardstick {yardstick.max():.3g}"
+    )
+    assert error.mean() <= 1.5 * yardstick.mean() + unit, (
+        f"lse: mean error {error.mean():.3g}, yardstick {yardstick.mean():.3g}"
+    )
+
+
+def poisoned(x: Tensor, where: Any, value: float) -> Tensor:
+    x = x.clone()
+    x[where] = value
+    return x

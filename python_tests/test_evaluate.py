@@ -1,0 +1,448 @@
+"""lminf_cuda.evaluate, generate, plots and bench against naive versions, on tiny random models."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lminf_cuda import LambdaCache, bench, patch_model, unpatch_model
+from lminf_cuda import evaluate as ev
+from lminf_cuda.generate import TextStream, generate
+from lminf_cuda.plots import bucket_means, plot_evaluation
+
+TRAIN_LENGTH = 16
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TRAIN_LENGTH,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token id n is the n-th character of GPT-2's byte alphabet: one token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: n for n, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(256, (101,), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def one_shot_nats(model: LlamaForCausalLM, tokens: torch.Tensor) -> np.ndarray:
+    """Loss of tokens[1:] from a single forward over everything."""
+    logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
+    return cross_entropy(logits, tokens[1:], reduction="none").numpy()
+
+
+# Windows, chunks and lengths
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 15, 16, 17, 18, 40, 101])
+@pytest.mark.parametrize("stride", [1, 3, 8, 16])
+def test_baseline_windows_score_every_token_once_from_enough_context(n_tokens, stride):
+    windows = ev.baseline_windows(n_tokens, TRAIN_LENGTH, stride)
+    scored = [t for _, first, end in windows for t in range(first, end)]
+    assert scored == list(range(1, n_tokens))
+    for start, first, end in windows:
+        assert 0 <= start < first < end <= n_tokens
+        for t in range(first, end):
+            context = t - start
+            assert context <= TRAIN_LENGTH
+            assert context >= min(t, TRAIN_LENGTH - stride + 1)
+            if stride == 1:
+                assert context == min(t, TRAIN_LENGTH)
+
+
+@pytest.mark.parametrize("stride", [0, TRAIN_LENGTH + 1])
+def test_baseline_windows_refuse_a_stride_that_leaves_no_context(stride):
+    with pytest.raises(
+        ValueError, match=f"stride must be 1 to the training length 16, got {stride}"
+    ):
+        ev.baseline_windows(100, TRAIN_LENGTH, stride)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+def test_chunks_tile_the_inputs_and_end_at_every_length(chunk):
+    lengths = [2, 16, 33, 100]
+    bounds = ev.chunk_bounds(lengths, chunk)
+    assert [t for start, end in bounds for t in range(start, end)] == list(range(99))
+    assert all(end - start <= chunk for start, end in bounds)
+    assert {length - 1 for length in lengths} <= {end for _, end in bounds}
+
+
+@pytest.mark.parametrize(
+    ("train_length", "n_tokens", "expected"),
+    [
+        (256, 240_000, [256 << n for n in range(9)]),
+        (256, 1_000, [256, 512]),
+        (4096, 10**6, [4096, 8192, 16384, 32768, 65536]),
+        (65_536, 10**6, [65_536, 131_072, 262_144]),
+    ],
+)
+def test_default_lengths_double_from_the_training_length(train_length, n_tokens, expected):
+    assert ev.default_lengths(train_length, n_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n_tokens", "message"),
+    [
+        ([], 10, "must increase"),
+        ([1, 4], 10, "start at 2"),
+        ([4, 4], 10, "must increase"),
+        ([8, 4], 10, "must increase"),
+        ([16, 32], 10, "10 tokens, fewer than the shortest length 16"),
+        ([4, 32], 10, "10 tokens, fewer than the longest length 32"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_named(lengths, n_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        ev.check_lengths(lengths, n_tokens)
+
+
+# Text
+
+
+def test_byte_ends_count_bytes_of_multibyte_text():
+    text = "aé€😀z"
+    tokenized = ev.tokenize(byte_tokenizer(), text)
+    assert len(tokenized) == len(text.encode())
+    assert tokenized.byte_ends[-1] == len(text.encode())
+    assert tokenized.byte_ends[0] == 1
+    assert tokenized.bytes_between(1, len(tokenized)) == len(text.encode()) - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such text file"), (b"", "is empty"), (b" \n", "is empty"), (b"\xff\xfe", "UTF-8")],
+)
+def test_unreadable_texts_are_named(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        ev.read_text(path)
+    assert "text.txt" in str(error.value)
+
+
+# Losses
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_streamed_vanilla_equals_one_forward(model, tokens, chunk):
+    bounds = ev.chunk_bounds([16, 50, 101], chunk)
+    trace = ev.stream(model, tokens, DynamicCache(config=model.config), bounds)
+    np.testing.assert_allclose(trace.nats, one_shot_nats(model, tokens), atol=2e-5)
+    assert trace.ends[-1] == 101
+    # keys and values, 2 layers, 2 heads of 8 float32 numbers, 100 tokens
+    assert trace.cache_bytes[-1] == 2 * 2 * 2 * 8 * 4 * 100
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_streamed_lm_infinite_equals_one_forward_and_its_cache_keeps_its_size(tokens, chunk):
+    model = patch_model(tiny_model(), n_global=3, window=16)
+    trace = ev.stream(model, tokens, LambdaCache(model), ev.chunk_bounds([16, 50, 101], chunk))
+    np.testing.assert_allclose(trace.nats, one_shot_nats(model, tokens), atol=2e-5)
+    assert len(set(trace.cache_bytes)) == 1
+    assert trace.cache_bytes[0] > 0
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_cut_baseline_equals_a_forward_per_token(model, tokens, stride):
+    trace = ev.recompute(model, tokens, TRAIN_LENGTH, stride)
+    naive = [
+        one_shot_nats(model, tokens[start : t + 1])[-1]
+        for start, first, end in ev.baseline_windows(len(tokens), TRAIN_LENGTH, stride)
+        for t in range(first, end)
+    ]
+    np.testing.assert_allclose(trace.nats, naive, atol=2e-5)
+    assert trace.ends[-1] == len(tokens)
+
+
+def test_cut_windows_begin_with_the_text_s_first_special_token(model, tokens):
+    bos = int(tokens[0])
+    trace = ev.recompute(model, tokens, TRAIN_LENGTH, 1, bos_token_id=bos)
+    last = torch.cat([tokens[:1], tokens[-TRAIN_LENGTH:]])  # the first of 16 is replaced
+    assert trace.nats[-1] == pytest.approx(one_shot_nats(model, last)[-1], abs=2e-5)
+
+
+def test_rows_are_means_and_rates_between_lengths():
+    nats = np.arange(1, 10, dtype=np.float32)  # tokens 1..9
+    trace = ev.Trace(nats, ends=[4, 10], seconds=[1.0, 4.0], cache_bytes=[30, 90])
+    text = ev.Text(torch.zeros(10, dtype=torch.int64), np.arange(2, 22, 2))  # two bytes a token
+    first, second = ev.rows_of("vanilla", trace, text, [4, 10])
+    assert first == ev.Row("vanilla", 4, 3, 2.0, pytest.approx(6 / math.log(2) / 6), 3.0, 30)
+    assert (second.nats_per_token, second.tokens_per_second, second.cache_bytes) == (6.5, 2.0, 90)
+
+
+def test_rows_past_a_stop_say_so():
+    trace = ev.Trace(np.ones(5, np.float32), [6], [1.0], [10], stopped="no memory")
+    text = ev.Text(torch.zeros(10, dtype=torch.int64), None)
+    reached, missed = ev.rows_of("vanilla", trace, text, [6, 10])
+    assert reached.nats_per_token == 1.0
+    assert reached.bits_per_byte is None  # no byte offsets
+    assert missed.nats_per_token is None
+    assert missed.note == "stopped at 6 tokens: no memory"
+
+
+def run(model, tokens, **options) -> ev.Evaluation:
+    text = ev.Text(tokens, np.arange(1, len(tokens) + 1))
+    options = {"n_global": 3, "chunk": 10, "baseline_stride": 4} | options
+    return ev.evaluate(model, text, [16, 32, 101], train_length=TRAIN_LENGTH, **options)
+
+
+def test_evaluate_scores_all_three_and_leaves_the_model_as_it_was(tokens):
+    model = tiny_model()
+    before = one_shot_nats(model, tokens)
+    result = run(model, tokens)
+    assert np.array_equal(one_shot_nats(model, tokens), before)
+    # up to the window's size all three compute the same thing
+    losses = [result.row(m, 16).nats_per_token for m in (ev.VANILLA, ev.LM_INFINITE, ev.CUT)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    assert result.row(ev.VANILLA, 101).nats_per_token == pytest.approx(before[31:].mean(), abs=1e-5)
+    assert result.settings["window"] == TRAIN_LENGTH
+    assert all(row.tokens_per_second > 0 for row in result.rows)
+    assert all(trace.peak_rss_bytes > 0 for trace in result.traces.values())
+
+
+def test_vanilla_stops_when_its_time_is_up(model, tokens):
+    result = run(model, tokens, vanilla_seconds=0)
+    row = result.row(ev.VANILLA, 101)
+    assert row.nats_per_token is None
+    assert "its time of 0 s was up" in row.note
+    assert result.row(ev.LM_INFINITE, 101).nats_per_token is not None
+
+
+def test_vanilla_stops_when_memory_would_not_do(model, tokens, monkeypatch):
+    monkeypatch.setattr(ev, "available_memory", lambda device: 40_000)
+    result = run(model, tokens)
+    assert result.row(ev.VANILLA, 32).nats_per_token is not None
+    assert "101 tokens need" in result.row(ev.VANILLA, 101).note
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"chunk": 0}, "chunk"), ({"vanilla_seconds": -1}, "vanilla_seconds")],
+)
+def test_evaluate_refuses_options_out_of_range(model, tokens, options, name):
+    with pytest.raises(ValueError, match=name):
+        run(model, tokens, **options)
+
+
+def test_evaluate_unpatches_after_an_error(tokens):
+    model = tiny_model()
+    with pytest.raises(IndexError):
+        run(model, tokens + 1000)
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch_model(model)
+
+
+# What is said about the numbers
+
+
+def evaluation(vanilla, ours, cut, *, ours_cache=(8, 8, 8), seconds=(9.0, 1.0, 8.0)):
+    """An evaluation with the given losses at 16, 32 and 64 tokens."""
+    lengths = [16, 32, 64]
+    methods = (ev.VANILLA, ev.LM_INFINITE, ev.CUT)
+    losses = dict(zip(methods, (vanilla, ours, cut), strict=True))
+    caches = {ev.VANILLA: (16, 32, 64), ev.LM_INFINITE: ours_cache, ev.CUT: (0, 0, 0)}
+    rows = [
+        ev.Row(m, length, 16, losses[m][n], None, 1.0, caches[m][n])
+        for m in methods
+        for n, length in enumerate(lengths)
+    ]
+    traces = {
+        m: ev.Trace(np.ones(63, np.float32), [64], [s], [caches[m][-1]])
+        for m, s in zip(methods, seconds, strict=True)
+    }
+    settings = {"baseline_stride": 4, "n_global": 3, "window": 16, "dtype": "float32"}
+    return ev.Evaluation(lengths, 16, settings, traces, rows)
+
+
+FLAT, GROWING = (1.0, 1.0, 1.0), (1.0, 2.0, 3.0)
+
+
+def test_findings_say_what_holds_with_its_numbers():
+    fluent, cost = ev.findings(evaluation(GROWING, (1.0, 1.01, 1.02), FLAT))
+    assert fluent.startswith("Shown: ")
+    assert "1.00 nats per token at 16 to 3.00 at 64" in fluent
+    assert "at worst 0.020 nats above" in fluent
+    assert cost.startswith("Shown: ")
+    assert "a ratio of 8.0" in cost
+
+
+@pytest.mark.parametrize(
+    ("changes", "which", "reason"),
+    [
+        ({"vanilla": FLAT}, 0, "vanilla's loss does not grow"),
+        ({"ours": (1.0, 1.0, 1.04)}, 0, "more than 0.03 nats above"),
+        ({"seconds": (1.0, 9.0, 8.0)}, 1, "not faster"),
+        ({"ours_cache": (8, 8, 9)}, 1, "cache changes"),
+    ],
+)
+def test_findings_say_what_does_not_hold(changes, which, reason):
+    losses = {"vanilla": GROWING, "ours": FLAT, "cut": FLAT}
+    sentence = ev.findings(evaluation(**(losses | changes)))[which]
+    assert sentence.startswith("NOT shown (")
+    assert reason in sentence
+
+
+def test_findings_without_a_row_past_training_claim_nothing():
+    (sentence,) = ev.findings(evaluation((1.0, None, None), FLAT, FLAT))
+    assert sentence.startswith("NOT shown")
+
+
+def test_results_and_plot_are_written(tmp_path):
+    result = evaluation(GROWING, FLAT, FLAT)
+    ev.write_results(result, tmp_path / "new")
+    lines = (tmp_path / "new" / "evaluation.csv").read_text().splitlines()
+    assert lines[0].startswith("method,length,tokens,nats_per_token")
+    assert len(lines) == 1 + 9
+    facts = json.loads((tmp_path / "new" / "evaluation.json").read_text())
+    assert facts["rows"][2]["nats_per_token"] == 3.0
+    plot_evaluation(result, tmp_path / "evaluation.png")
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 100, 1000])
+def test_bucket_means_weigh_every_value_once(n):
+    values = np.random.default_rng(0).normal(size=n)
+    positions, means = bucket_means(values, per_octave=4)
+    assert np.all(np.diff(positions) > 0)
+    if n:
+        edges = [p for p in range(1, n + 1) if any(p == math.ceil(2 ** (i / 4)) for i in range(44))]
+        naive = [
+            np.mean(values[a - 1 : b - 1]) for a, b in zip(edges, [*edges[1:], n + 1], strict=True)
+        ]
+        np.testing.assert_allclose(means, naive)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("text", ["plain words", "naïve — 世界 😀", "é"])
+def test_stream_writes_whole_characters_and_all_of_them(text):
+    tokenizer = byte_tokenizer()
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in tokenizer(text).input_ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(pieces) == text
+    assert len(pieces) == len(text)
+
+
+def test_stream_does_not_wait_for_ever_on_bytes_that_are_no_text():
+    tokenizer = byte_tokenizer()
+    lead = tokenizer("€").input_ids[0]
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[1]]))
+    for _ in range(9):
+        stream.put(torch.tensor([lead]))
+    assert len(pieces) >= 2
+    stream.put(torch.tensor(tokenizer("ok").input_ids))
+    stream.end()
+    assert "".join(pieces).endswith("ok")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_greedy_generation_equals_the_forward_without_a_cache(chunk):
+    model = patch_model(tiny_model(), n_global=3, window=16)
+    tokenizer = byte_tokenizer()
+    prompt = "In the beginning God created the heaven and the earth. " * 2
+    new = generate(
+        model, tokenizer, prompt, lambda _: None, max_new_tokens=12, greedy=True, chunk=chunk
+    )
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model(input_ids=tokens, use_cache=False).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    assert new.tolist() == tokens[0, -12:].tolist()
+
+
+def test_a_seed_repeats_a_sample():
+    model = patch_model(tiny_model(), n_global=3, window=16)
+    options = {"max_new_tokens": 8, "temperature": 1.5, "top_p": 0.9}
+    runs = [
+        generate(model, byte_tokenizer(), "abc", lambda _: None, seed=seed, **options).tolist()
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "prompt is empty"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
+        ("a", {"temperature": 0.0}, "temperature must be above 0"),
+        ("a", {"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ("a", {"chunk": 0}, "chunk must be 1 or more"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(prompt, options, message):
+    model = patch_model(tiny_model())
+    with pytest.raises(ValueError, match=message):
+        generate(model, byte_tokenizer(), prompt, lambda _: None, **options)
+
+
+# Benchmark arithmetic
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("window", [1, 5, 16, 100])
+@pytest.mark.parametrize("n_global", [0, 1, 4, 100])
+def test_visible_pairs_equal_a_count(length, window, n_global):
+    i, j = np.mgrid[:length, :length]
+    visible = (i >= j) & ((i - j < window) | (j < n_global))
+    assert bench.visible_pairs(length, window, n_global) == visible.sum()
+
+
+def test_attention_rows_hold_peers_that_agree(tmp_path):
+    shape = bench.Shape(1, 4, 2, 96, 16, 24, 3)
+    rows = bench.attention_rows(
+        shape,
+        torch.float32,
+        device=torch.device("cpu"),
+        peers=("sdpa-mask", "sdpa-causal"),
+        rounds=1,
+    )
+    by_name = {row.name: row for row in rows}
+    assert by_name[bench.OURS].times_ours == 1.0
+    assert by_name[bench.SDPA_MASK].max_difference < 1e-5
+    pairs = bench.visible_pairs(96, 24, 3)
+    ours = by_name[bench.OURS]
+    assert ours.gflops_per_second * ours.seconds == pytest.approx(4 * 16 * pairs * 4 / 1e9)
+    facts = bench.machine(torch.device("cpu"))
+    json_path, csv_path = bench.write_rows(rows, shape, facts, tmp_path, "small")
+    assert json.loads(json_path.read_text())["machine"]["torch"] == torch.__version__
+    assert len(csv_path.read_text().splitlines()) == 1 + len(rows)
