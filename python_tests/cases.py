@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import emulated
 from lminf_cuda import reference
 
 INF = math.inf
@@ -45,7 +46,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> Any:
-    """torch.ops.lminf.<op> on the backend; CPU tensors in, CPU tensors out, writes in place."""
+    """The op on the backend (torch.ops.lminf.<op>, or its emulation); CPU tensors in, CPU tensors out, writes in place."""
+    if backend == "emulated":
+        return getattr(emulated, op)(*args, **kwargs)
     function = getattr(torch.ops.lminf, op)
     device = "cuda" if backend == "cuda" else "cpu"
     moved: list[tuple[Tensor, Tensor]] = []

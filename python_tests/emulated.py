@@ -11,8 +11,10 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,11 +25,37 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build(folder: Path) -> None:
+def cuda_headers() -> Path | None:
+    """The folder with cuda_bf16.h: of a toolkit, or of the PyPI packages nvidia-cuda-runtime and
+    nvidia-cuda-cccl."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(str(Path(nvcc).resolve().parent.parent))
+    folders = [Path(home) / "include" for home in homes if home]
+    for packages in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        folders += sorted(Path(packages).glob("nvidia/*/include"))
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """What a build of the emulated kernels lacks here, or None."""
+    if os.environ.get("LMINF_EMULATION_BUILD"):
+        return None
+    for tool in ("cmake", "ninja", "c++"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    if cuda_headers() is None:
+        return "the CUDA headers are not there (packages nvidia-cuda-runtime, nvidia-cuda-cccl)"
+    return None
+
+
+def build(folder: Path, *targets: str) -> None:
     """Configures and builds; the output is shown when that fails."""
     configure = ["cmake", "-S", str(ROOT / "csrc/emulation"), "-B", str(folder), "-G", "Ninja"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    compile_ = ["cmake", "--build", str(folder), "--target", "lminf_emulated"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLMINF_CUDA_INCLUDE={cuda_headers()}"]
+    compile_ = ["cmake", "--build", str(folder), "--target", *targets]
     if jobs := os.environ.get("MAX_JOBS"):
         compile_ += ["-j", jobs]
     for command in (configure, compile_):
@@ -41,7 +69,7 @@ def module() -> ModuleType:
     chosen = os.environ.get("LMINF_EMULATION_BUILD")
     folder = Path(chosen) if chosen else ROOT / "build" / "emulation"
     if not chosen:
-        build(folder)
+        build(folder, "lminf_emulated")
     [path] = folder.glob("lminf_emulated*.so")
     spec = importlib.util.spec_from_file_location("lminf_emulated", path)
     assert spec is not None and spec.loader is not None
