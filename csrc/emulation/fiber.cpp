@@ -48,8 +48,13 @@ namespace lminf::emulation {
 Fiber::~Fiber() {
   if (owns_stack_) {
     retire_sanitizer_fiber();
-    munmap(stack_ - getpagesize(), kStackBytes + getpagesize());
+    free_stack();
   }
+}
+
+void Fiber::free_stack() {
+  munmap(stack_ - getpagesize(), kStackBytes + getpagesize());
+  stack_ = nullptr;
 }
 
 void Fiber::retire_sanitizer_fiber() {
@@ -72,6 +77,10 @@ void Fiber::adopt_caller() {
 }
 
 void Fiber::prepare(Entry entry) {
+#if defined(LMINF_THREAD_SANITIZER)
+  // What the fiber's last life left on its stack is no business of the next one.
+  if (stack_ != nullptr) free_stack();
+#endif
   if (stack_ == nullptr) {
     // A page that may not be touched stands below the stack.
     const size_t guard = getpagesize();

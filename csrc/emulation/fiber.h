@@ -36,6 +36,7 @@ class Fiber {
   static void entered();
 
  private:
+  void free_stack();
   void retire_sanitizer_fiber();
 
   static constexpr size_t kStackBytes = 256 * 1024;
