@@ -16,7 +16,7 @@ constexpr int64_t kMaxTensorCoreHeadDim = 256;
 constexpr int64_t kMaxHeadDim = 384;  // the plain kernel's rows and keys in 99 KiB
 // Blocks per multiprocessor that keep its memory pipes busy, and rounds that a block's four warps
 // should at least have between them, lest merging costs more than it wins.
-constexpr int64_t kBlocksPerMultiprocessor = 2;
+constexpr int64_t kBlocksPerMultiprocessor = 4;
 constexpr int64_t kLeastTiles = 8;
 
 template <typename T>

@@ -11,6 +11,9 @@ namespace lminf::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// Of one device; asking for them takes no time and no synchronisation.
+int multiprocessors(int device);
+
 // Which kernel a forward runs.
 enum class AttnKernel : int32_t {
   kTensorCore,  // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes

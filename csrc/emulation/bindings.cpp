@@ -21,7 +21,6 @@ namespace lminf::emulation {
 namespace {
 
 constexpr size_t kAlignment = 256;
-constexpr int kMultiprocessors = 4;  // of the GPU that decode plans for: few splits, but several
 
 class Arguments {
  public:
@@ -185,8 +184,9 @@ void lambda_attn(const py::dict& values) {
 void lambda_decode(const py::dict& values) {
   const Arguments a(values);
   const LambdaDecodeParams p = decode_params(a);
-  Workspace workspace(cuda::lambda_decode_workspace(p, kMultiprocessors));
-  cuda::lambda_decode(p, kMultiprocessors, workspace.data(), nullptr);
+  const int multiprocessors = cuda::multiprocessors(0);
+  Workspace workspace(cuda::lambda_decode_workspace(p, multiprocessors));
+  cuda::lambda_decode(p, multiprocessors, workspace.data(), nullptr);
 }
 
 void clamped_rope(const py::dict& values) {
