@@ -34,6 +34,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-f
 
 
 def flag(name: str) -> bool:
+    """Whether an environment variable is set to anything but a no."""
     return os.environ.get(name, "0").lower() not in ("", "0", "off", "no", "false")
 
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import emulated
 import torch
 from torch import Tensor
 
-import emulated
 from lminf_cuda import reference
 
 INF = math.inf
@@ -46,7 +46,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> Any:
-    """The op on the backend (torch.ops.lminf.<op>, or its emulation); CPU tensors in, CPU tensors out, writes in place."""
+    """torch.ops.lminf.<op>, or its emulation; CPU tensors in, CPU tensors out, writes in place."""
     if backend == "emulated":
         return getattr(emulated, op)(*args, **kwargs)
     function = getattr(torch.ops.lminf, op)

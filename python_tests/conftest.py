@@ -1,9 +1,8 @@
 """Fixtures that every test file shares."""
 
+import emulated
 import pytest
 import torch
-
-import emulated
 
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 _NO_EMULATION = pytest.mark.skipif(

@@ -1,6 +1,6 @@
 """Calls the CUDA kernels on CPU tensors: the same .cu files, compiled as C++ (csrc/emulation).
 
-The module is built by CMake when it is first asked for, in build/emulation below the project's root.
+The module is built by CMake when it is first asked for, in build/emulation below the root.
 LMINF_EMULATION_BUILD names another folder with a build of it (one with a sanitizer, say), and
 LMINF_SCHEDULE_SEED another order in which the emulated threads run.
 """

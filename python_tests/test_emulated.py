@@ -4,10 +4,9 @@ the backend "emulated" beside the others."""
 import subprocess
 import time
 
+import emulated
 import pytest
 import torch
-
-import emulated
 from cases import DTYPES, check_lambda_attn, frequencies, options, qkv, randn, run_reference
 
 pytestmark = [

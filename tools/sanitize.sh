@@ -24,7 +24,7 @@ case $sanitizer in
   thread)
     library=libtsan.so
     chosen=(python_tests/test_emulated.py python_tests/test_lambda_attn.py
-      -k "another_order or several_splits or (emulated and test_options)")
+      -k "another_order or (emulated and test_options and (all or partial))")
     ;;
   *)
     echo "$0: the sanitizer is '$sanitizer', but must be address or thread" >&2

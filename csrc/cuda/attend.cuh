@@ -7,8 +7,8 @@
 
 namespace lminf::cuda {
 
-// What a warp carries from tile to tile. Lane 4g + c holds columns 2c, 2c + 1 (and + 8, ...) of rows
-// g and g + 8 of each 16-row tile.
+// What a warp carries from tile to tile. Lane 4g + c holds columns 2c, 2c + 1 (and + 8, ...) of
+// rows g and g + 8 of each 16-row tile.
 template <int kHeadDim_, int kRowTiles_>
 struct WarpState {
   static constexpr int kHeadDim = kHeadDim_;
@@ -43,14 +43,17 @@ struct WarpState {
   }
 
   // Where row r of this lane stands among the warp's rows.
-  LMINF_DEVICE static int row_index(int r, int lane) { return 16 * (r / 2) + lane / 4 + 8 * (r % 2); }
+  LMINF_DEVICE static int row_index(int r, int lane) {
+    return 16 * (r / 2) + lane / 4 + 8 * (r % 2);
+  }
 };
 
 // Scores, online softmax, out += P V over the first kKeys rows of a tile of keys.
 // `rows` says what the warp's rows are:
 //   scoring()                      the Scoring all share
-//   score(product, row, column)    of a pair, when scoring() does more than scale
+//   score(product, r, row, column) of a pair, when scoring() does more than scale
 //   columns(row)                   the columns that a row sees, asked for when `full` is false
+// where `row` counts the warp's rows and r, known when compiled, this lane's.
 template <int kKeys, typename State, typename QTile, typename KeyTile, typename Rows>
 LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile, int first_row,
                          KeyTile k_tile, KeyTile v_tile, int lane) {
@@ -60,6 +63,18 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
   constexpr int kKeyTiles = kKeys / 8;
   lane = recomputed(lane);
   const int c = lane % 4;
+
+  // --- Which columns each row sees, while registers are free ---
+  int seen[State::kRows];  // first column, and the one past the last in the high half
+#pragma unroll
+  for (int r = 0; r < State::kRows; ++r) seen[r] = kKeys << 16;
+  if (!full) {
+#pragma unroll
+    for (int r = 0; r < State::kRows; ++r) {
+      const ColumnRange columns = rows.columns(State::row_index(r, lane));
+      seen[r] = columns.lo | columns.hi << 16;
+    }
+  }
 
   // --- S = Q K^T ---
   float s[kRowTiles][kKeyTiles][4];
@@ -76,13 +91,14 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
     uint32_t a[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      ptx::load_matrices(a[m], q_tile.address(first_row + 16 * m + lane % 16, 2 * step + lane / 16));
+      ptx::load_matrices(a[m],
+                         q_tile.address(first_row + 16 * m + lane % 16, 2 * step + lane / 16));
     }
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
       uint32_t b[4];
-      ptx::load_matrices(
-          b, k_tile.address(8 * n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      ptx::load_matrices(b,
+                         k_tile.address(8 * n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         ptx::mma<T>(s[m][n], a[m], b[0], b[1]);
@@ -99,8 +115,8 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          s[m][n][e] = rows.score(s[m][n][e], State::row_index(2 * m + e / 2, lane),
-                                  8 * n + 2 * c + e % 2);
+          const int r = 2 * m + e / 2;
+          s[m][n][e] = rows.score(s[m][n][e], r, State::row_index(r, lane), 8 * n + 2 * c + e % 2);
         }
       }
     }
@@ -108,13 +124,13 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
   if (!full) {
 #pragma unroll
     for (int r = 0; r < State::kRows; ++r) {
-      const ColumnRange seen = rows.columns(State::row_index(r, lane));
+      const int lo = seen[r] & 0xffff, hi = seen[r] >> 16;
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = 8 * n + 2 * c + e;
-          if (column < seen.lo || column >= seen.hi) s[r / 2][n][2 * (r % 2) + e] = minus_infinity();
+          if (column < lo || column >= hi) s[r / 2][n][2 * (r % 2) + e] = minus_infinity();
         }
       }
     }

@@ -61,7 +61,8 @@ LMINF_DEVICE SourceRow source_row(const RotateParams& p, int64_t b, int64_t n) {
 }
 
 LMINF_DEVICE int64_t row_position(const RotateParams& p, int64_t b, int64_t n) {
-  if (p.position_ids != nullptr) return load_global(p.position_ids + b * p.position_batch_stride + n);
+  if (p.position_ids != nullptr)
+    return load_global(p.position_ids + b * p.position_batch_stride + n);
   if (p.has_fixed_position) return p.fixed_position;
   if (p.cu_seqlens != nullptr) {
     const int64_t s = find_sequence(p.n_sequences, n, [&](int64_t i) {
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads) rotate_rows_kernel(const RotateParam
     Vec a = load_global(reinterpret_cast<const Vec*>(from + run_a));
     Vec c = load_global(reinterpret_cast<const Vec*>(from + run_b));
     if (!copied) {
-if (p.rope.interleaved) {
+      if (p.rope.interleaved) {
         rotate_neighbours(angle, a, c);
       } else {
 #pragma unroll
@@ -156,8 +157,7 @@ template <typename T>
 void run(const RotateParams& p, Stream stream) {
   constexpr int kVec = kChunkElements<T>;
   const bool chunks = fits_chunks(p.x, p.x_stride, kVec) &&
-                      fits_chunks(p.out, p.out_stride, kVec) &&
-                      p.rope.rotary_dim / 2 % kVec == 0 &&
+                      fits_chunks(p.out, p.out_stride, kVec) && p.rope.rotary_dim / 2 % kVec == 0 &&
                       (p.head_dim - p.rope.rotary_dim) % kVec == 0;
   if (chunks) {
     run<T, kVec>(p, stream);

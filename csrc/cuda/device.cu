@@ -12,8 +12,7 @@ int multiprocessors(int) { return 4; }
 
 int multiprocessors(int device) {
   int count = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("device ") + std::to_string(device) + ": " +
                              cudaGetErrorString(error));

@@ -25,12 +25,11 @@ namespace lminf::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// The same number, of which the compiler knows nothing. What follows from it is then worked out where
-// it is used, and not kept in dozens of registers from one round of a loop to the next.
+// The same number, of which the compiler knows nothing. What follows from it is then worked out
+// where it is used, and not kept in dozens of registers from one round of a loop to the next.
 LMINF_DEVICE int recomputed(int x) {
 #if !defined(LMINF_EMULATION)
   asm volatile("" : "+r"(x));

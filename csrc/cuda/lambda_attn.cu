@@ -2,7 +2,8 @@
 // parameters.
 //
 //   window keys, near keys   R(j) k_j * scaling       (near keys only when global_k is given apart)
-//   far keys                 R(-L) k_j * scaling^2    (they meet raw queries: both factors are here)
+//   far keys                 R(-L) k_j * scaling^2    (they meet raw queries: both factors are
+//   here)
 #include <stdexcept>
 
 #include "lambda_attn.h"
@@ -39,8 +40,7 @@ bool own_globals(const LambdaAttnParams& p) { return p.global_k != nullptr; }
 
 // Distances reach Sk - 1 inside k, and any value from global_k.
 bool may_have_near(const LambdaAttnParams& p) {
-  return p.n_global > 0 && p.max_distance > p.window &&
-         (own_globals(p) || p.seqlen_k > p.window);
+  return p.n_global > 0 && p.max_distance > p.window && (own_globals(p) || p.seqlen_k > p.window);
 }
 bool may_have_far(const LambdaAttnParams& p) {
   return p.n_global > 0 && (own_globals(p) || p.seqlen_k > p.max_distance);
@@ -80,11 +80,11 @@ const char* name_of(AttnKernel kernel) {
 }
 
 AttnKernel lambda_attn_kernel(const LambdaAttnParams& p) {
-  const bool tensor_core =
-      p.dtype != DType::kFloat32 && p.head_dim % 8 == 0 && p.head_dim <= kMaxTensorCoreHeadDim &&
-      aligned(p.q, p.q_stride) && aligned(p.k, p.k_stride) && aligned(p.v, p.v_stride) &&
-      aligned(p.global_k, p.global_k_stride) && aligned(p.global_v, p.global_v_stride) &&
-      aligned(p.out, p.out_stride);
+  const bool tensor_core = p.dtype != DType::kFloat32 && p.head_dim % 8 == 0 &&
+                           p.head_dim <= kMaxTensorCoreHeadDim && aligned(p.q, p.q_stride) &&
+                           aligned(p.k, p.k_stride) && aligned(p.v, p.v_stride) &&
+                           aligned(p.global_k, p.global_k_stride) &&
+                           aligned(p.global_v, p.global_v_stride) && aligned(p.out, p.out_stride);
   return tensor_core ? AttnKernel::kTensorCore : AttnKernel::kPlain;
 }
 
@@ -122,7 +122,8 @@ void lambda_attn(const LambdaAttnParams& params, void* workspace, Stream stream)
     made.stride.batch = params.heads_kv * made.stride.head;
     rotate.x = from.data;
     rotate.x_stride = from.stride;
-    if (params.cu_seqlens != nullptr) rotate.x_stride.batch = 0;  // all sequences stand in one entry
+    if (params.cu_seqlens != nullptr)
+      rotate.x_stride.batch = 0;  // all sequences stand in one entry
     rotate.out = const_cast<void*>(made.data);
     rotate.out_stride = made.stride;
     rotate.batch = region.batch;

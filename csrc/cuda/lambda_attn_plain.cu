@@ -132,11 +132,10 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
         const int64_t i = tile.positions.lo + warp_row + r, j = position + lane;
         const float s =
             plan.branch.sees(i, j)
-                ? (scoring.only_scales()
-                                               ? product[r] * scoring.exponent_unit()
-                                               : scoring.score<true>(
-                                                     product[r], slope,
-                                                     clamped_distance(i - j, p.max_distance)))
+                ? (scoring.only_scales() ? product[r] * scoring.exponent_unit()
+                                         : scoring.score<true>(product[r], slope,
+                                                               static_cast<float>(clamped_distance(
+                                                                   i - j, p.max_distance))))
                 : minus_infinity();
         const float new_max = fmaxf(max[r], warp_max(s));
         const float base = new_max == minus_infinity() ? 0.0f : new_max;
@@ -181,9 +180,8 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
     if (row >= tile.rows) break;
     const SoftmaxEnd end = finish({max[r], sum[r]}, has_sink, sink);
     if (lane == 0) {
-      store_global(
-          p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
-          end.lse);
+      store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
+                   end.lse);
     }
     for (int dim = lane; dim < head_dim; dim += kWarpSize) {
       store_global(out_rows + row * p.out_stride.seq + dim,

@@ -1,6 +1,7 @@
 // Prefill forward on tensor cores (mma.sync m16n8k16), sm_80 and up.
 //
-//   out = softmax over the visible keys of score(<R(min(i - j, L)) q_i, k_j>) v_j,  L = max_distance
+//   out = softmax over the visible keys of score(<R(min(i - j, L)) q_i, k_j>) v_j,  L =
+//   max_distance
 //
 // Schedule of a block, kBlockM queries of one head:
 //   1. far keys (global, at distance >= L) in narrow tiles: raw Q against keys rotated by -L;
@@ -9,8 +10,8 @@
 //   4. window keys in tiles of kBlockN: masked at the two edges, bare in between.
 // Keys come rotated from a pre-pass. A tile no query needs is never touched. K and V go through two
 // stages of shared memory: while a tile is worked on, the next one is under way, and one barrier a
-// tile both publishes the new tile and retires the old. A warp owns whole rows, so the softmax needs
-// no shared memory. Scores live in base 2 with the scale folded into the exponent's fma.
+// tile both publishes the new tile and retires the old. A warp owns whole rows, so the softmax
+// needs no shared memory. Scores live in base 2 with the scale folded into the exponent's fma.
 #pragma once
 
 #include "attend.cuh"
@@ -64,8 +65,7 @@ struct AttnTraits {
   using QTile = SharedTile<T, kBlockM, kHeadDim>;
   using KeyTile = SharedTile<T, kBlockN, kHeadDim>;
   static constexpr int kPlanBytes = 640;
-  static constexpr int kSharedBytes =
-      QTile::kBytes + 2 * kStages * KeyTile::kBytes + kPlanBytes;
+  static constexpr int kSharedBytes = QTile::kBytes + 2 * kStages * KeyTile::kBytes + kPlanBytes;
   static_assert(sizeof(BlockPlan<T>) <= kPlanBytes, "the plan fits");
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
 };
@@ -81,9 +81,11 @@ struct QueryRows {
   int keys;
 
   LMINF_DEVICE Scoring scoring() const { return Scoring(params); }
-  LMINF_DEVICE float score(float product, int row, int column) const {
-    const int64_t d = first_query - key_position + (row - column);
-    return scoring().score<false>(product, slope, clamped_distance(d, max_distance));
+  LMINF_DEVICE float score(float product, int, int row, int column) const {
+    const float corner = static_cast<float>(first_query - key_position);
+    return scoring().score<false>(
+        product, slope,
+        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)));
   }
   LMINF_DEVICE ColumnRange columns(int row) const {
     return visible_columns(branch, first_query + row, key_position, keys);
@@ -97,10 +99,12 @@ LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, i
   using Tile = typename Traits::KeyTile;
   constexpr int kPieces = kKeys * Tile::kChunks;
 #pragma unroll
-  for (int piece = recomputed(static_cast<int>(threadIdx.x)); piece < kPieces; piece += Traits::kThreads) {
+  for (int piece = recomputed(static_cast<int>(threadIdx.x)); piece < kPieces;
+       piece += Traits::kThreads) {
     const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
     const int64_t j = position + row;
-    const bool there = j >= plan.visible.lo && j < plan.visible.hi && chunk * Tile::kChunk < head_dim;
+    const bool there =
+        j >= plan.visible.lo && j < plan.visible.hi && chunk * Tile::kChunk < head_dim;
     const int64_t k_offset = (j - plan.k_origin) * plan.k_stride + chunk * Tile::kChunk;
     const int64_t v_offset = (j - plan.v_origin) * plan.v_stride + chunk * Tile::kChunk;
     ptx::copy_async(k_tile.address(row, chunk), there ? plan.k + k_offset : plan.k, there);
@@ -199,8 +203,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const BranchPlan<T>& plan = branch_of(visit);
     const int64_t index = tile_of(visit);
     const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
-    const QueryRows rows{p.score,        slope, plan.branch, first_query, plan.origin + index * keys,
-                         p.max_distance, keys};
+    const QueryRows rows{
+        p.score, slope, plan.branch, first_query, plan.origin + index * keys, p.max_distance, keys};
     const bool full = plan.tiles.full(index);
     if (visit < near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);
@@ -221,9 +225,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
     const int row = warp_row + State::row_index(r, lane);
     if (lane % 4 == 0 && row < tile.rows) {
-      store_global(
-          p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
-          end.lse);
+      store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
+                   end.lse);
     }
 #pragma unroll
     for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
@@ -238,9 +241,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
   for (int piece = lane; piece < Traits::kWarpRows * QTile::kChunks; piece += kWarpSize) {
     const int row = warp_row + piece / QTile::kChunks, chunk = piece % QTile::kChunks;
     if (row < tile.rows && chunk * QTile::kChunk < head_dim) {
-      store_global(
-          reinterpret_cast<Chunk*>(out + row * p.out_stride.seq + chunk * QTile::kChunk),
-          q_tile.chunk(row, chunk));
+      store_global(reinterpret_cast<Chunk*>(out + row * p.out_stride.seq + chunk * QTile::kChunk),
+                   q_tile.chunk(row, chunk));
     }
   }
 }

@@ -19,11 +19,11 @@ struct KeyTensor {
 
 struct AttnSources {
   LambdaAttnParams p;
-  KeyTensor window_k;    // rotated by position
-  KeyTensor near_k;      // rotated by position
-  KeyTensor far_k;       // rotated by -max_distance
-  bool has_near = false;  // whether near_k stands ready: else no query has keys there
-  bool has_far = false;   // the same of far_k
+  KeyTensor window_k;       // rotated by position
+  KeyTensor near_k;         // rotated by position
+  KeyTensor far_k;          // rotated by -max_distance
+  bool has_near = false;    // whether near_k stands ready: else no query has keys there
+  bool has_far = false;     // the same of far_k
   int64_t query_tiles = 0;  // of one batch entry and head
 };
 
@@ -118,9 +118,8 @@ LMINF_DEVICE BranchPlan<T> branch_plan(const AttnSources& s, const QueryTile& t,
                      ? Range{0, 0}
                      : plan.branch.visible_keys(t.positions);
   plan.origin = plan.branch.keys.lo;
-  plan.tiles = plan.visible.empty()
-                   ? TileRanges{0, 0, 0, 0}
-                   : key_tiles(plan.branch, t.positions, plan.origin, tile_keys);
+  plan.tiles = plan.visible.empty() ? TileRanges{0, 0, 0, 0}
+                                    : key_tiles(plan.branch, t.positions, plan.origin, tile_keys);
 
   const int64_t k_batch = k.by_sequence ? t.sequence : t.batch;
   plan.k = static_cast<const T*>(k.data) + k_batch * k.stride.batch + t.kv_head * k.stride.head;

@@ -2,7 +2,8 @@
 //
 //   out = sum_s w_s out_s / (sum_s w_s sum_s + sink),   w_s = 2^(max_s - max over s)
 //
-// Schedule of the merge: a block takes one query head; a thread owns dims and walks over the splits.
+// Schedule of the merge: a block takes one query head; a thread owns dims and walks over the
+// splits.
 #include <stdexcept>
 
 #include "lambda_decode.h"

@@ -20,19 +20,19 @@ constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 struct DecodeLaunch {
   LambdaDecodeParams p;
   int64_t splits = 1;
-  int64_t head_tiles = 1;                  // tiles of kDecodeRows query heads per key head
-  float* partial_out = nullptr;            // [B, Hq, splits, D] not yet divided by the sum
-  SoftmaxState* partial_state = nullptr;   // [B, Hq, splits]
+  int64_t head_tiles = 1;                 // tiles of kDecodeRows query heads per key head
+  float* partial_out = nullptr;           // [B, Hq, splits, D] not yet divided by the sum
+  SoftmaxState* partial_state = nullptr;  // [B, Hq, splits]
 };
 
 // One block's share.
 struct DecodeBlock {
   int64_t batch, kv_head, head_tile, split;
-  int64_t position;      // of the new token; negative: the row is idle
-  Range globals, window; // positions of its visible keys
+  int64_t position;       // of the new token; negative: the row is idle
+  Range globals, window;  // positions of its visible keys
   int64_t global_tiles;
-  Range tiles;           // this split's; global tiles come first
-  bool appends;          // writes the new token's slots
+  Range tiles;   // this split's; global tiles come first
+  bool appends;  // writes the new token's slots
 };
 
 LMINF_DEVICE DecodeBlock decode_block(const DecodeLaunch& l, int64_t block) {
@@ -91,8 +91,7 @@ LMINF_DEVICE void store_decoded(const DecodeLaunch& l, const DecodeBlock& d, int
   const bool has_sink = p.score.sink_logits != nullptr;
   const SoftmaxEnd end =
       finish(state, has_sink, has_sink ? load_global(p.score.sink_logits + head) : 0.0f);
-  T* out_row =
-      static_cast<T*>(p.out) + d.batch * p.out_stride.batch + head * p.out_stride.head;
+  T* out_row = static_cast<T*>(p.out) + d.batch * p.out_stride.batch + head * p.out_stride.head;
   store_global(out_row + dim, from_float<T>(out * end.out_scale));
   if (dim == 0) store_global(p.lse + row, end.lse);
 }

@@ -76,22 +76,22 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
     out[i] = 0.0f;
   }
   if (d.position >= 0) {
-    const T* k = static_cast<const T*>(p.k) + d.batch * p.k_stride.batch +
-                 d.kv_head * p.k_stride.head;
-    const T* v = static_cast<const T*>(p.v) + d.batch * p.v_stride.batch +
-                 d.kv_head * p.v_stride.head;
+    const T* k =
+        static_cast<const T*>(p.k) + d.batch * p.k_stride.batch + d.kv_head * p.k_stride.head;
+    const T* v =
+        static_cast<const T*>(p.v) + d.batch * p.v_stride.batch + d.kv_head * p.v_stride.head;
     for (int dim = thread; dim < head_dim; dim += kThreads) {
       const T key = load_global(k + dim), value = load_global(v + dim);
       new_k[dim] = to_float(key);
       new_v[dim] = to_float(value);
       if (d.appends && d.position < p.n_global) {
         store_global(static_cast<T*>(p.global_k) + d.batch * p.global_k_stride.batch +
-                         d.kv_head * p.global_k_stride.head +
-                         d.position * p.global_k_stride.seq + dim,
+                         d.kv_head * p.global_k_stride.head + d.position * p.global_k_stride.seq +
+                         dim,
                      key);
         store_global(static_cast<T*>(p.global_v) + d.batch * p.global_v_stride.batch +
-                         d.kv_head * p.global_v_stride.head +
-                         d.position * p.global_v_stride.seq + dim,
+                         d.kv_head * p.global_v_stride.head + d.position * p.global_v_stride.seq +
+                         dim,
                      value);
       }
     }
@@ -140,6 +140,8 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
     // Loads keys or values; the new token comes from shared memory, missing rows are zeros.
     auto load = [&](const void* data, const Strides& s, const SharedArray<float>& own) {
       const T* rows = static_cast<const T*>(data) + d.batch * s.batch + d.kv_head * s.head;
+      const int64_t first_slot = tile.global ? tile.first : tile.first % p.capacity;
+      const int64_t slots = tile.global ? p.n_global : p.capacity;
       __syncthreads();  // the last use of what stood here
       for (int i = thread; i < kDecodeTileKeys * head_dim; i += kThreads) {
         const int row = i / head_dim, dim = i % head_dim;
@@ -148,7 +150,8 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         if (j == d.position) {
           x = own[dim];
         } else if (row < tile.keys) {
-          x = to_float(load_global(rows + (tile.global ? j : j % p.capacity) * s.seq + dim));
+          const int64_t slot = first_slot + row;
+          x = to_float(load_global(rows + (slot < slots ? slot : slot - slots) * s.seq + dim));
         }
         keys[row * sizes.key_pitch + dim] = x;
       }
@@ -178,12 +181,11 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         product = fmaf(q[row * head_dim + dim], keys[column * sizes.key_pitch + dim], product);
       }
       const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
-      const int64_t distance =
-          clamped_distance(d.position - tile.first - column, p.max_distance);
+      const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
       const float s = column >= tile.keys ? minus_infinity()
                       : scoring.only_scales()
                           ? product * scoring.exponent_unit()
-                          : scoring.score<true>(product, slope, distance);
+                          : scoring.score<true>(product, slope, static_cast<float>(distance));
       // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
       const float max = half_warp_max(s);
 #pragma unroll
@@ -197,8 +199,8 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
       const float sum = half_warp_sum(weight);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        state[r + h].sum = state[r + h].sum * factor[r + h] +
-                           __shfl_sync(kFullWarp, sum, h * kDecodeTileKeys);
+        state[r + h].sum =
+            state[r + h].sum * factor[r + h] + __shfl_sync(kFullWarp, sum, h * kDecodeTileKeys);
       }
       weights[row * kDecodeTileKeys + column] = weight;
     }
@@ -210,8 +212,8 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         const int row = warp * kWarpRows + r;
         float total = 0.0f;
         for (int key = 0; key < kDecodeTileKeys; ++key) {
-          total = fmaf(weights[row * kDecodeTileKeys + key], keys[key * sizes.key_pitch + dim],
-                       total);
+          total =
+              fmaf(weights[row * kDecodeTileKeys + key], keys[key * sizes.key_pitch + dim], total);
         }
         out[row * head_dim + dim] = out[row * head_dim + dim] * factor[r] + total;
       }

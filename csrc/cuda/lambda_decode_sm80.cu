@@ -4,10 +4,11 @@
 //   out = softmax(score(<q', ring>), score(<q', R(max(j, p - L)) global_j>)) V,   L = max_distance
 //
 // Schedule: a block takes one row, one key head with up to 16 of its query heads packed into one
-// tile (each key is read once for all of them), and one split of the keys. Its warps take 16 keys at
-// a time, each with its own two stages of shared memory and its own softmax, so that the loop has no
-// block barrier. At the end the warps' results are merged, and the splits' by a second kernel. The
-// new token is put into its tile from shared memory: nobody reads the slots being written.
+// tile (each key is read once for all of them), and one split of the keys. Its warps take 16 keys
+// at a time, each with its own two stages of shared memory and its own softmax, so that the loop
+// has no block barrier. At the end the warps' results are merged, and the splits' by a second
+// kernel. The new token is put into its tile from shared memory: nobody reads the slots being
+// written.
 #include "attend.cuh"
 #include "lambda_decode.h"
 
@@ -31,8 +32,7 @@ struct DecodeTraits {
   static constexpr int kStageStart = kNewStart + NewTile::kBytes;
   static constexpr int kWarpBytes = kStages * 2 * KeyTile::kBytes;
   static constexpr int kMergeStart = kStageStart + kWarps * kWarpBytes;
-  static constexpr int kMergeBytes =
-      kWarps * kDecodeRows * static_cast<int>(sizeof(SoftmaxState));
+  static constexpr int kMergeBytes = kWarps * kDecodeRows * static_cast<int>(sizeof(SoftmaxState));
   static constexpr int kSharedBytes = kMergeStart + kMergeBytes;
   // A warp's result takes the place of its stages.
   static_assert(kDecodeRows * kHeadDim * 4 <= kWarpBytes, "room for the warp's float32 result");
@@ -41,15 +41,17 @@ struct DecodeTraits {
 // The query heads of a tile, all at one position, against a tile of keys.
 struct DecodeRows {
   Scoring shared_scoring;
-  float slopes[2];  // of this lane's rows
+  float slopes[2];   // of this lane's rows
   int64_t distance;  // to the tile's first key
   int64_t max_distance;
   int keys;
 
   LMINF_DEVICE const Scoring& scoring() const { return shared_scoring; }
-  LMINF_DEVICE float score(float product, int row, int column) const {
-    return shared_scoring.score<false>(product, slopes[row >= 8],
-                                       clamped_distance(distance - column, max_distance));
+  LMINF_DEVICE float score(float product, int r, int, int column) const {
+    return shared_scoring.score<false>(
+        product, slopes[r],
+        clamped_distance_in_tile(static_cast<float>(distance), 0, column,
+                                 static_cast<float>(max_distance)));
   }
   LMINF_DEVICE ColumnRange columns(int) const { return {0, keys}; }
 };
@@ -73,8 +75,8 @@ LMINF_DEVICE void issue_tile(const DecodeLaunch& l, const DecodeBlock& d, const 
 #pragma unroll 4
   for (int piece = lane; piece < kDecodeTileKeys * Tile::kChunks; piece += kWarpSize) {
     const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
-    const bool there = row < tile.keys && tile.first + row != d.position &&
-                       chunk * Tile::kChunk < p.head_dim;
+    const bool there =
+        row < tile.keys && tile.first + row != d.position && chunk * Tile::kChunk < p.head_dim;
     const int64_t slot = first_slot + row < slots ? first_slot + row : first_slot + row - slots;
     ptx::copy_async(k_tile.address(row, chunk),
                     there ? k + slot * k_stride.seq + chunk * Tile::kChunk : k, there);
@@ -84,7 +86,8 @@ LMINF_DEVICE void issue_tile(const DecodeLaunch& l, const DecodeBlock& d, const 
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) lambda_decode_sm80_kernel(const DecodeLaunch l) {
+__global__ void __launch_bounds__(Traits::kThreads)
+    lambda_decode_sm80_kernel(const DecodeLaunch l) {
   using T = typename Traits::Element;
   using KeyTile = typename Traits::KeyTile;
   using QTile = typename Traits::QTile;
@@ -117,18 +120,16 @@ __global__ void __launch_bounds__(Traits::kThreads) lambda_decode_sm80_kernel(co
 
   // --- q and the new token, rotated; the token is written to its slots ---
   if (d.position >= 0) {
-    const T* q = static_cast<const T*>(p.q) + d.batch * p.q_stride.batch +
-                 first_head * p.q_stride.head;
-    const T* k = static_cast<const T*>(p.k) + d.batch * p.k_stride.batch +
-                 d.kv_head * p.k_stride.head;
-    const T* v = static_cast<const T*>(p.v) + d.batch * p.v_stride.batch +
-                 d.kv_head * p.v_stride.head;
+    const T* q =
+        static_cast<const T*>(p.q) + d.batch * p.q_stride.batch + first_head * p.q_stride.head;
+    const T* k =
+        static_cast<const T*>(p.k) + d.batch * p.k_stride.batch + d.kv_head * p.k_stride.head;
+    const T* v =
+        static_cast<const T*>(p.v) + d.batch * p.v_stride.batch + d.kv_head * p.v_stride.head;
     for (int i = thread; i < (kDecodeRows + 2) * kChunks; i += Traits::kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       const bool is_query = row < kDecodeRows;
-      const T* source = is_query               ? q + row * p.q_stride.head
-                        : row == kDecodeRows ? k
-                                               : v;
+      const T* source = is_query ? q + row * p.q_stride.head : row == kDecodeRows ? k : v;
       Chunk data = {{0, 0, 0, 0}};
       if ((!is_query || row < heads) && chunk * kChunk < p.head_dim) {
         data = load_global(reinterpret_cast<const Chunk*>(source + chunk * kChunk));
@@ -181,7 +182,8 @@ __global__ void __launch_bounds__(Traits::kThreads) lambda_decode_sm80_kernel(co
   for (int64_t i = 0; i < rounds; ++i) {
     const DecodeTile tile = tile_at(i);
     __syncwarp();  // everybody has left the stage about to be filled
-    if (i + 1 < rounds) issue_tile<Traits>(l, d, tile_at(i + 1), k_stage(i + 1), v_stage(i + 1), lane);
+    if (i + 1 < rounds)
+      issue_tile<Traits>(l, d, tile_at(i + 1), k_stage(i + 1), v_stage(i + 1), lane);
     ptx::copy_async_commit();
     ptx::copy_async_wait<1>();
     __syncwarp();
@@ -199,8 +201,8 @@ __global__ void __launch_bounds__(Traits::kThreads) lambda_decode_sm80_kernel(co
       }
       __syncwarp();
     }
-    const DecodeRows rows{scoring, {slopes[0], slopes[1]}, d.position - tile.first, p.max_distance,
-                          tile.keys};
+    const DecodeRows rows{
+        scoring, {slopes[0], slopes[1]}, d.position - tile.first, p.max_distance, tile.keys};
     attend<kDecodeTileKeys>(state, rows, tile.keys == kDecodeTileKeys, q_tile, 0, k_stage(i),
                             v_stage(i), lane);
   }
@@ -211,9 +213,8 @@ __global__ void __launch_bounds__(Traits::kThreads) lambda_decode_sm80_kernel(co
   const SharedArray<SoftmaxState> states(shared_memory() + Traits::kMergeStart,
                                          Traits::kWarps * kDecodeRows);
   auto outs = [&](int of_warp) {
-    return SharedArray<float>(
-        shared_memory() + Traits::kStageStart + of_warp * Traits::kWarpBytes,
-        kDecodeRows * Traits::kHeadDim);
+    return SharedArray<float>(shared_memory() + Traits::kStageStart + of_warp * Traits::kWarpBytes,
+                              kDecodeRows * Traits::kHeadDim);
   };
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -247,10 +248,10 @@ __global__ void __launch_bounds__(Traits::kThreads) lambda_decode_sm80_kernel(co
 template <typename T, int kHeadDim>
 void run(const DecodeLaunch& l, Stream stream) {
   using Traits = DecodeTraits<T, kHeadDim>;
-  launch("lambda_decode_sm80", lambda_decode_sm80_kernel<Traits>,
-         {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, Traits::kThreads,
-          Traits::kSharedBytes},
-         stream, l);
+  launch(
+      "lambda_decode_sm80", lambda_decode_sm80_kernel<Traits>,
+      {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, Traits::kThreads, Traits::kSharedBytes},
+      stream, l);
 }
 
 // A head dim in between runs in the next larger kernel; columns it lacks are neither read nor

@@ -36,8 +36,8 @@ struct RotateParams {
   int64_t max_position = std::numeric_limits<int64_t>::max();
 
   // Row n of out is position n + max(start[b], 0), so row n - min(start[b], 0) of x; or position n
-  // of sequence b of cu_seqlens (then x has one batch entry). Rows that x lacks are left alone. When
-  // false, row n of out is row n of x.
+  // of sequence b of cu_seqlens (then x has one batch entry). Rows that x lacks are left alone.
+  // When false, row n of out is row n of x.
   bool rows_are_positions = false;
 };
 

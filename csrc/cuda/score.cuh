@@ -34,9 +34,9 @@ struct Scoring {
 
   // The whole score times log2(e), when there is more than a factor. `distance` is clamped.
   template <bool kExact>
-  LMINF_DEVICE float score(float product, float slope, int64_t distance) const {
+  LMINF_DEVICE float score(float product, float slope, float distance) const {
     float s = product * scale;
-    if (alibi) s -= slope * static_cast<float>(distance);
+    if (alibi) s -= slope * distance;
     if (softcap != 0.0f) {
       s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(s / softcap));
     }
@@ -46,6 +46,12 @@ struct Scoring {
 
 LMINF_DEVICE float alibi_slope(const ScoreParams& p, int64_t head) {
   return p.alibi_slopes != nullptr ? load_global(p.alibi_slopes + head) : 0.0f;
+}
+
+// core's clamped_distance from row to column of a tile whose corner is at distance `corner`, in
+// float32: as right as a product with a slope can be, and a register where an int64_t takes two.
+LMINF_DEVICE float clamped_distance_in_tile(float corner, int row, int column, float max_distance) {
+  return fminf(corner + static_cast<float>(row - column), max_distance);
 }
 
 // Columns of a key tile, relative to its first, that the query at position i sees.

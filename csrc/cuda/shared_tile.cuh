@@ -41,8 +41,8 @@ class SharedTile {
   }
 
  private:
-  // Rows of 128 bytes start in the same bank: eight chunks trade places by row. Rows of 64 (mod 128)
-  // bytes do so every second row, of 32 every fourth.
+  // Rows of 128 bytes start in the same bank: eight chunks trade places by row. Rows of 64 (mod
+  // 128) bytes do so every second row, of 32 every fourth.
   LMINF_DEVICE static int swizzled(int row, int chunk) {
     if constexpr (kChunks % 8 == 0) {
       return chunk ^ (row & 7);

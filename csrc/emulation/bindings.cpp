@@ -1,6 +1,6 @@
-// The emulated kernels as a Python module, for tests only. A function takes one dict: tensors by the
-// names of csrc/params.h (anything with torch's data_ptr, shape, stride and element_size), numbers
-// by theirs. Every tensor is registered, so that an access outside all of them is a fault.
+// The emulated kernels as a Python module, for tests only. A function takes one dict: tensors by
+// the names of csrc/params.h (anything with torch's data_ptr, shape, stride and element_size),
+// numbers by theirs. Every tensor is registered, so that an access outside all of them is a fault.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,9 +27,7 @@ class Arguments {
   explicit Arguments(py::dict values) : values_(std::move(values)) { clear_globals(); }
   ~Arguments() { clear_globals(); }
 
-  bool has(const char* name) const {
-    return values_.contains(name) && !values_[name].is_none();
-  }
+  bool has(const char* name) const { return values_.contains(name) && !values_[name].is_none(); }
 
   template <typename T>
   T number(const char* name) const {

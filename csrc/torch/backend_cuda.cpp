@@ -1,5 +1,5 @@
-// The ops on CUDA tensors: the current stream, memory for the workspace, and the launchers. Compiled
-// only into builds with CUDA kernels.
+// The ops on CUDA tensors: the current stream, memory for the workspace, and the launchers.
+// Compiled only into builds with CUDA kernels.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,8 +12,8 @@
 #include "ops.h"
 
 // A CPU-only torch has no such function: weak, so that a module built there, or for there, loads.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 STABLE_TORCH_LIBRARY_IMPL(lminf, CUDA, m) {
   m.impl("lambda_attn", TORCH_BOX(&lminf::binding::lambda_attn));
