@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cuda_headers() -> Path | None:
-    """The folder with cuda_bf16.h: of a toolkit, or of the PyPI packages nvidia-cuda-runtime and
-    nvidia-cuda-cccl."""
+    """The folder with cuda_bf16.h: of a toolkit, or of the PyPI packages nvidia-cuda-runtime,
+    nvidia-cuda-crt and nvidia-cuda-cccl."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         homes.append(str(Path(nvcc).resolve().parent.parent))
@@ -47,7 +47,7 @@ def missing() -> str | None:
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
     if cuda_headers() is None:
-        return "the CUDA headers are not there (packages nvidia-cuda-runtime, nvidia-cuda-cccl)"
+        return "the CUDA headers are not there (packages nvidia-cuda-runtime, -crt, -cccl)"
     return None
 
 

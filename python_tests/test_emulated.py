@@ -133,3 +133,39 @@ def test_cpp_tests_pass():
     for name in ("emulation_test", "ptx_sm80_test"):
         done = subprocess.run([folder / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_more_batch_entries_times_heads_than_a_grid_is_high():
+    """65,535 is the limit of a grid's second and third dimension. All but the first and last entries
+    are padding, whose blocks have next to nothing to do."""
+    batch = 66_000
+    q, k, v = randn(5, *[(batch, 1, 1, 8)] * 3, dtype=torch.bfloat16)
+    k_start = torch.full((batch,), -1)
+    real = [0, batch - 1]
+    k_start[real] = 0
+    out, lse = emulated.lambda_attn(q, k, v, 0, 2, k_start=k_start)
+    assert torch.equal(out[real], v[real])
+    padding = slice(1, batch - 1)
+    assert (out[padding] == 0).all() and (lse[padding] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_past_32_bits(dtype):
+    """Batch entries, heads and rows further apart than an int32 counts elements. The memory between
+    them is never touched, so it is never there."""
+    far = (1 << 31) + 64
+    room = torch.empty(2 * far + 64 * 64, dtype=dtype)
+    q, k, v = qkv(40, 40, batch=2, dtype=dtype)
+
+    def spread(x, stride):
+        view = room.as_strided(x.shape, stride)
+        view.copy_(x)
+        return view
+
+    score = dict(n_global=3, window=9, **options("rope", 2, 64))
+    check_lambda_attn("emulated", q, spread(k, (far, 0, 64, 1)), v, **score)
+    few = [x[:1, :, :3] for x in (k, v)]
+    rows = [spread(x, (0, 0, far, 1)) for x in few]
+    check_lambda_attn("emulated", q[:1, :, :3], rows[0], few[1], **score)
+    check_lambda_attn("emulated", q[:1, :, :3], few[0], spread(few[1], (0, 0, far, 1)), **score)
