@@ -1,4 +1,4 @@
-"""Speed of one `lambda_decode` step beside SDPA over a sliced cache and a streaming sum, in one run.
+"""Speed of one `lambda_decode` step beside SDPA over a sliced cache and a streaming sum.
 
     python -m benchmarks.decode --device cpu
 

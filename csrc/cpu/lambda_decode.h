@@ -57,6 +57,7 @@ class LambdaDecodeStep {
     const int64_t workers = std::min<int64_t>(threads.count, items);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const FlushSubnormals flush_subnormals;
       ItemScratch s(*this);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t item; (item = next.fetch_add(1)) < items;) {
@@ -246,20 +247,19 @@ class LambdaDecodeStep {
     const int end = (n + Product::kProbGrain - 1) / Product::kProbGrain * Product::kProbGrain;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * kDecodeBlock;
-      if (map_.general)
-        map_scores(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
+      const float largest =
+          scores_max(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
       softmax_row<5>(rows, g, dim_padded_, scores, probs + g * kDecodeBlock, 0, n, 0, end,
-                     map_.factor, row_max(scores, 0, n) * map_.factor);
+                     map_.factor, largest);
     }
     product.add_values(probs, group_, v, v_stride, n, dim_padded_, rows.out);
   }
 
   RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f};
+    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
     const float slope = p_.score.alibi_slopes[head];
-    if (frame == KeyFrame::kMaxDistance)
-      return {0.0f, -slope * static_cast<float>(p_.max_distance)};
-    return {slope, slope * static_cast<float>(first - position)};
+    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
+    return {slope, static_cast<float>(position - first), 1.0f};
   }
 
   void combine(int64_t pair, int64_t splits, const RowStates& all) const {
