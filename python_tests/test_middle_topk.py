@@ -23,6 +23,13 @@ from torch import Tensor
 
 from lminf_cuda import reference
 
+
+@pytest.fixture(params=["cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends that have the op."""
+    return request.param
+
+
 PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits")
 
 
