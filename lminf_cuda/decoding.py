@@ -60,6 +60,12 @@ def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
             "assisted decoding would read them again; leave past_key_values out, or generate "
             "without an assistant and without prompt_lookup_num_tokens"
         )
+    if cache.settings.middle_top_k:
+        raise ValueError(
+            "the model is patched with middle_top_k, and a forward gives middle tokens to its last "
+            "query only, so drafts cannot be checked several at a time; generate without an "
+            "assistant and without prompt_lookup_num_tokens, or patch without middle tokens"
+        )
     generator = type(model)._get_candidate_generator(model, *args, **kwargs)
     draft: Callable[..., Any] = generator.get_candidates
 

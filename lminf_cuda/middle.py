@@ -20,9 +20,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .cache import LayerSettings
 
-__all__ = ["MiddleStore", "add_middle_tokens"]
+__all__ = ["MiddleStore", "add_middle_tokens", "check_device"]
 
 _FIRST_SLOTS = 256
+
+
+def check_device(device: torch.device) -> None:
+    """Raises RuntimeError for a device on which this build cannot search the middle."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if device.type != "cuda" or has_kernel("lminf::middle_topk", "CUDA"):
+        return
+    raise RuntimeError(
+        "middle tokens have no CUDA kernel in this build; keep and search them in the CPU's "
+        'memory: past_key_values=LambdaCache(model, keep_middle="cpu")'
+    )
 
 
 def add_middle_tokens(
@@ -50,6 +61,7 @@ def add_middle_tokens(
     Returns:
         [B, Hq, 1, D] on the device of q.
     """
+    check_device(k.device)
     options = dict(settings.options(k.device))
     del options["max_distance"]
     merged, _, _ = torch.ops.lminf.middle_topk.default(

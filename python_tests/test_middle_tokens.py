@@ -14,7 +14,7 @@ from test_cache import left_padded
 from tiny_models import one_thread, tiny_model, tokens
 from torch import Tensor, nn
 
-from lminf_cuda import LambdaCache, patch_model, reference
+from lminf_cuda import LambdaCache, middle, patch_model, reference
 
 N_GLOBAL, WINDOW, TOP_K, FROM_LAYER = 3, 12, 4, 1
 TOLERANCE = 1e-5  # float32, logits of order 1
@@ -226,3 +226,21 @@ def test_bad_arguments() -> None:
         LambdaCache(patched(), keep_middle="disk")
     with pytest.raises(ValueError, match="the model has no middle tokens to keep"):
         LambdaCache(patched(middle_top_k=0), keep_middle="cpu")
+
+
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "tiny"}])
+def test_assisted_decoding_is_refused(drafts: dict[str, Any]) -> None:
+    """Drafts would be checked by queries that have no middle tokens."""
+    if "assistant_model" in drafts:
+        drafts = {"assistant_model": tiny_model()}
+    ids = tokens(1, 30)
+    with pytest.raises(ValueError, match=r"patched with middle_top_k.*without an assistant"):
+        patched().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, **drafts)
+
+
+def test_a_device_without_the_kernel_is_named() -> None:
+    middle.check_device(torch.device("cpu"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("lminf::middle_topk", "CUDA"):
+        pytest.skip("this build has the kernel")
+    with pytest.raises(RuntimeError, match=r'no CUDA kernel.*keep_middle="cpu"'):
+        middle.check_device(torch.device("cuda"))
