@@ -437,8 +437,12 @@ def passkey_table(method: str, cells: Sequence[retrieval.Cell]) -> Table:
 def passkey(
     model: ModelArgument = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens of the prompts, such as 512,1024,...,16384.")
-    ] = "512,1024,2048",
+        str | None,
+        typer.Option(
+            help="Tokens of the prompts, such as 512,1024,...,16384; default: the training length "
+            "and two doublings."
+        ),
+    ] = None,
     depths: Annotated[
         str, typer.Option(help="Where the key stands: 0,0.25,0.5 or a count of even steps.")
     ] = "5",
@@ -460,8 +464,10 @@ def passkey(
     out: OutOption = Path("lminf_out"),
 ) -> None:
     """Find a number hidden in a long text: accuracy by length and depth, as table and heat map."""
+    wanted = None
     with blamed("--lengths"):
-        wanted = parse_lengths(lengths)
+        if lengths is not None:
+            wanted = parse_lengths(lengths)
     with blamed("--depths"):
         places = parse_depths(depths)
     loaded = load(model, dtype, device)
@@ -472,7 +478,9 @@ def passkey(
         patch_model(loaded.model, **patch)
         unpatch_model(loaded.model)
     with blamed("--lengths / --depths"):
-        retrieval.check_grid(retrieval.Prompts(loaded.tokenizer), wanted, places)
+        prompts = retrieval.Prompts(loaded.tokenizer)
+        wanted = wanted or prompts.default_lengths(training_length(loaded.model.config))
+        retrieval.check_grid(prompts, wanted, places)
     results = retrieval.compare(
         loaded.model,
         loaded.tokenizer,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lminf_cuda.cache import LambdaCache
+from lminf_cuda.cache import SETTINGS_ATTRIBUTE, LambdaCache
 from lminf_cuda.generate import prefill
 from lminf_cuda.patches import patch_model, unpatch_model
 
@@ -81,6 +81,13 @@ class Prompts:
         needle = max(len(self._tokens(NEEDLE.format(key=key))) for key in keys)
         return len(self.begin) + needle + len(self.question)
 
+    def default_lengths(self, train_length: int) -> list[int]:
+        """The training length and its first doublings, three that have room for a key."""
+        length = train_length
+        while length < self.shortest():
+            length *= 2
+        return [length, 2 * length, 4 * length]
+
     def prompt(self, length: int, depth: float, key: str) -> list[int]:
         """The `length` token ids of a prompt with `key` at `depth`.
 
@@ -109,7 +116,7 @@ def write_on(model: Any, prompts: Tensor, n_tokens: int, chunk: int) -> Tensor:
     A patched model reads them in chunks through a LambdaCache, another one at once.
     """
     options: dict[str, Any] = {}
-    if hasattr(model, "_lminf_settings"):
+    if hasattr(model, SETTINGS_ATTRIBUTE):
         options["past_key_values"] = LambdaCache(model)
         prefill(model, prompts, chunk, options["past_key_values"])
     output: Tensor = model.generate(

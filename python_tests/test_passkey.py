@@ -52,6 +52,13 @@ def test_a_prompt_without_room_is_refused(shipped: Any) -> None:
         prompts.prompt(shortest - 1, 0.5, "31415")
 
 
+def test_default_lengths(shipped: Any) -> None:
+    prompts = Prompts(shipped.tokenizer)
+    assert 128 < prompts.shortest() <= 256
+    assert prompts.default_lengths(64) == prompts.default_lengths(256) == [256, 512, 1024]
+    assert prompts.default_lengths(4096) == [4096, 8192, 16384]
+
+
 def looking_back(tokenizer: Any, window: int) -> Any:
     """Stands for `write_on`: answers rightly when the key is among the last `window` tokens."""
 
