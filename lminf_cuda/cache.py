@@ -49,12 +49,14 @@ class LayerSettings:
         window: so many keys, the query's own included, are seen behind every query.
         max_distance: no larger distance enters a score.
         rope: the layer's rotation, or None for a layer without one.
+        slopes: ALiBi slopes, float32 [Hq], or None.
     """
 
     n_global: int
     window: int
     max_distance: int
     rope: Rope | None
+    slopes: Tensor | None = None
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def options(self, device: torch.device) -> dict[str, Any]:
@@ -66,8 +68,17 @@ class LayerSettings:
                 options["inv_freq"] = self.rope.inv_freq_on(device)
                 options["rope_scaling"] = self.rope.scaling
                 options["rope_interleaved"] = self.rope.interleaved
+            if self.slopes is not None:
+                options["alibi_slopes"] = self.slopes.to(device)
             self._options[device] = options
         return options
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Queries or keys x [B, H, S, D] with the dims that rotate first, as the op wants them."""
+        if self.rope is None or not self.rope.rotates_last:
+            return x
+        rest = x.shape[-1] - 2 * self.rope.inv_freq.numel()
+        return torch.cat([x[..., rest:], x[..., :rest]], dim=-1)
 
 
 @dataclass(eq=False)
@@ -133,12 +144,16 @@ class LambdaCacheLayer(CacheLayerMixin):
         return [self.ring_k, self.ring_v, self.global_k, self.global_v]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
+        """Allocates the buffers for keys like `key_states` [B, Hkv, any, D].
+
+        Where the head dim of the values differs, both have the larger one, as the op wants it.
+        """
         values = key_states if value_states is None else value_states
+        dim = max(key_states.shape[-1], values.shape[-1])
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             for name, like in (("k", key_states), ("v", values)):
-                batch, heads, _, dim = like.shape
+                batch, heads = like.shape[:2]
                 ring = like.new_empty((batch, heads, self.settings.window, dim))
                 first = like.new_empty((batch, heads, self.settings.n_global, dim))
                 setattr(self, f"ring_{name}", ring)
@@ -163,19 +178,20 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         """Stores one new token of each row and attends from it.
 
         Args:
             q: [B, Hq, 1, D], un-rotated.
             k, v: [B, Hkv, 1, D], un-rotated.
             positions: int64 [B]; negative in a row whose new token is padding.
-            scale: of <q, k>.
+            options: of the op, those of the layer's settings among them.
 
         Returns:
             [B, Hq, 1, D].
         """
-        settings = self.settings
         out, _ = torch.ops.lminf.lambda_decode.default(
             q,
             k,
@@ -185,13 +201,14 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.global_k,
             self.global_v,
             positions,
-            settings.window,
-            scale=scale,
-            **settings.options(q.device),
+            self.settings.window,
+            **options,
         )
         return out
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> Tensor:
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         """Attends from several new tokens of each row to the kept and the new ones, and keeps them.
 
         Args:
@@ -199,13 +216,12 @@ class LambdaCacheLayer(CacheLayerMixin):
             k, v: [B, Hkv, S, D], un-rotated.
             first: int64 [B], the position of each row's first new token; negative where the row
                 begins with padding.
-            scale: of <q, k>.
+            options: of the op, those of the layer's settings among them.
 
         Returns:
             [B, Hq, S, D]; of padding, zeros.
         """
         settings = self.settings
-        options = settings.options(q.device)
         n_global, window = settings.n_global, settings.window
         self._store_globals(k, v, first)
         if self.progress.seen:
@@ -224,9 +240,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         else:
             options = options | {"k_start": first}
             all_k, all_v = k, v
-        out, _ = torch.ops.lminf.lambda_attn.default(
-            q, all_k, all_v, n_global, window, scale=scale, **options
-        )
+        out, _ = torch.ops.lminf.lambda_attn.default(q, all_k, all_v, n_global, window, **options)
         self._store_ring(k, v, first)
         return out
 

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.patches import FAMILIES
+from lminf_cuda.cache import LayerSettings
+from lminf_cuda.families import FAMILIES
 
 N_GLOBAL, WINDOW = 3, 12
 # float32 through two layers (attention in float64 on one side), logits of order 1
@@ -61,10 +62,9 @@ def test_equals_definition_beyond_window(name: str, max_distance: int) -> None:
     model = tiny_model(name)
     full = (N_GLOBAL, WINDOW, max_distance)
     layers = {"qwen2_sliding": [full, (0, 8, 8)]}.get(name, [full, full])
-    uses_rope = {"smollm3": [True, False]}.get(name, [True, True])
-    ids = tokens(2, 4 * WINDOW + 1)
-    with definition(model, layers, uses_rope) as slow:
-        expected = slow(ids).logits
+    ids = tokens(1, 4 * WINDOW + 1)
+    with definition(model, [LayerSettings(*lengths, None) for lengths in layers]) as dense:
+        expected = dense(ids)
     vanilla = model(ids).logits
     patch_model(model, n_global=N_GLOBAL, window=WINDOW, max_distance=max_distance)
     assert settings_of(model) == layers
@@ -79,8 +79,9 @@ def test_equals_definition_beyond_window(name: str, max_distance: int) -> None:
 def test_equals_definition_at_odd_settings(n_global: int, window: int) -> None:
     model = tiny_model()
     ids = tokens(1, 45)
-    with definition(model, [(n_global, window, window)] * 2) as slow:
-        expected = slow(ids).logits
+    layers = [LayerSettings(n_global, window, window, None)] * 2
+    with definition(model, layers) as dense:
+        expected = dense(ids)
     patch_model(model, n_global=n_global, window=window)
     assert max_difference(model(ids, use_cache=False).logits, expected) < TOLERANCE
 
