@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Family:
         layers: the decoder's attribute that holds its layers.
         attention: a layer's attribute that holds its attention module.
         interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
+        backwards: rotates by minus the position.
         rotates_last: the last R dims of a head rotate instead of the first ones.
         uses_rope: of an attention module: whether the layer rotates at all.
         rotary: of a decoder and a layer's index: the rotary module that serves the layer.
@@ -42,6 +43,7 @@ class Family:
         alibi_slopes: of an attention module: its slopes, float32 [Hq], or None.
         forward: stands for the attention module's forward where that does not ask the
             AttentionInterface.
+        passes_kwargs: keywords given to the decoder reach the attention modules.
         needs_mask: the decoder's forward wants a padding mask that is a tensor.
         plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
             is patched.
@@ -50,12 +52,14 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     interleaved: bool = False
+    backwards: bool = False
     rotates_last: bool = False
     uses_rope: Callable[[Any], bool] = lambda attention: True
     rotary: Callable[[Any, int], Any] = lambda decoder, index: decoder.rotary_emb
     rope: Callable[[Any], Rope] | None = None
     alibi_slopes: Callable[[Any], Tensor | None] = lambda attention: None
     forward: Callable[..., Any] | None = None
+    passes_kwargs: bool = True
     needs_mask: bool = False
     plain_methods: tuple[str, ...] = ()
 
@@ -70,12 +74,13 @@ class Family:
             return None
         if self.rope is not None:
             return self.rope(attention)
-        return snapshot_rope(
+        rope = snapshot_rope(
             self.rotary(decoder, index),
             layer_type=layer_type(decoder.config, index),
             interleaved=self.interleaved,
             rotates_last=self.rotates_last,
         )
+        return replace(rope, inv_freq=-rope.inv_freq) if self.backwards else rope
 
     def fits(self, decoder: Any) -> bool:
         """Whether a module has the attributes that this family's decoder has."""
@@ -222,28 +227,74 @@ def _has_theta(module: Any) -> bool:
     return bool(module.config.layer_rope_theta[module.layer_idx])
 
 
-_GRANITE_SWA = Family(rotary=_rotary_of_theta, uses_rope=_has_theta)
-_INTERLEAVED = Family(interleaved=True)
-_MLA = Family(rotates_last=True)
-_EXAONE = Family(uses_rope=_slides_or_all_full)
+_PLAIN = (
+    *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
+    *("gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
+    *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
+    *("ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
+    *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
+    *("solar_open", "starcoder2", "vaultgemma", "dots1"),
+)
+_INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
+# Multi-head latent attention: a head is what latent vectors give, then what rotates.
+_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
 
 FAMILIES: dict[str, Family] = {
-    "arcee": Family(),
-    "gemma": Family(),
-    "granite": Family(),
-    "llama": Family(),
-    "mistral": Family(),
-    "mixtral": Family(),
-    "olmo": Family(),
-    "olmo2": Family(),
+    **dict.fromkeys(_PLAIN, Family()),
+    **dict.fromkeys(_INTERLEAVED, Family(interleaved=True)),
+    **dict.fromkeys(_LATENT, Family(rotates_last=True)),
+    **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), Family(uses_rope=_slides_or_all_full)),
+    **dict.fromkeys(("afmoe", "beam", "flint"), Family(uses_rope=_slides)),
+    **dict.fromkeys(
+        ("granite_swa", "granitemoe_swa"), Family(rotary=_rotary_of_theta, uses_rope=_has_theta)
+    ),
+    "bloom": Family(
+        layers="h",
+        attention="self_attention",
+        uses_rope=lambda attention: False,
+        alibi_slopes=_bloom_slopes,
+        forward=_bloom_forward,
+        passes_kwargs=False,
+    ),
+    "cohere2": Family(interleaved=True, uses_rope=_slides),
+    "cohere2_moe": Family(
+        interleaved=True,
+        uses_rope=lambda attention: _slides(attention) or attention.force_rope,
+    ),
+    "deepseek_v2": Family(rotates_last=True, interleaved=True),
+    "falcon": Family(
+        layers="h",
+        attention="self_attention",
+        uses_rope=lambda attention: not attention.config.alibi,
+        alibi_slopes=_falcon_slopes,
+        forward=_falcon_forward,
+        passes_kwargs=False,
+    ),
+    "gpt_neox": Family(attention="attention"),
+    "gptj": Family(
+        layers="h",
+        attention="attn",
+        rope=_gptj_rope,
+        forward=_gptj_forward,
+        passes_kwargs=False,
+    ),
+    "jetmoe": Family(attention="self_attention"),
+    "modernbert-decoder": Family(attention="attn"),
+    "mpt": Family(
+        layers="blocks",
+        attention="attn",
+        uses_rope=lambda attention: False,
+        alibi_slopes=_mpt_slopes,
+        forward=_mpt_forward,
+        passes_kwargs=False,
+        needs_mask=True,
+    ),
+    "nanochat": Family(backwards=True),
     # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
     "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
-    "qwen2": Family(),
-    "qwen2_moe": Family(),
-    "qwen3": Family(),
-    "qwen3_moe": Family(),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
-    "starcoder2": Family(),
+    "stablelm": Family(passes_kwargs=False),
 }
 
 

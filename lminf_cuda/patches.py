@@ -40,7 +40,7 @@ Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_NAME = "lminf"
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
 _LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
-_STATE_ATTRIBUTE = "_lminf_state"  # of one whose forward is replaced: the ForwardState
+_STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
 
 
 # Per forward: what the hook before the decoder tells the attention function.
@@ -160,6 +160,8 @@ def _attention(
         raise ValueError(
             f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
         )
+    if lminf_forward is None:
+        lminf_forward = getattr(module, _STATE_ATTRIBUTE, None)
     options = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
     return _attend(module, query, key, value, lminf_forward, options), None
 
@@ -421,7 +423,7 @@ class _Patch:
         if cache is not None:
             assert state.first is not None
             cache.begin(state.first)
-        if self.family.forward is None:
+        if self.family.passes_kwargs:
             kwargs["lminf_forward"] = state
         else:
             for module in self.attention:
@@ -437,7 +439,7 @@ class _Patch:
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Hook after the decoder's forward: the tokens are in the cache."""
-        if self.family.forward is None:
+        if self.family.passes_kwargs:
             state: ForwardState = kwargs["lminf_forward"]
         else:
             state = getattr(self.attention[0], _STATE_ATTRIBUTE)

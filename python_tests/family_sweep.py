@@ -25,6 +25,7 @@ from tiny_models import VOCAB, definition, one_thread, randomize, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import lminf_cuda.families
 from lminf_cuda import LambdaCache, patch_model
 from lminf_cuda.families import FAMILIES
 
@@ -63,7 +64,21 @@ _TINY |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 # Where a tiny config needs more than that; None leaves the config's own value.
-_SPECIAL: dict[str, dict[str, Any]] = {}
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "falcon": {"head_dim": None},
+    "gemma3_text": _ALTERNATING,
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "kolibri1": _ALTERNATING,
+    "ministral": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "nemotron": {"head_dim": 8},
+}
+_SPECIAL |= dict.fromkeys(
+    ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu"),
+    {"head_dim": None},
+)
 
 
 def tiny_config(model_type: str) -> Any:
@@ -89,8 +104,13 @@ def tiny_config(model_type: str) -> Any:
 def tiny(model_type: str) -> Any:
     """A random model of the type, in float32."""
     config = tiny_config(model_type)
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    size = sum(parameter.numel() for parameter in shape.parameters())
+    if size > 3_000_000:
+        raise ValueError(f"the tiny config has {size} parameters; name its sizes in _SPECIAL")
     torch.manual_seed(0)
-    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), 1.0)
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -132,6 +152,10 @@ def sweep(model_types: list[str]) -> dict[str, tuple[str, str]]:
     """For each type its verdict, and what there is to say."""
     rows = {}
     for model_type in model_types:
+        if "-try" in sys.argv and model_type not in FAMILIES:
+            FAMILIES[model_type] = eval(
+                sys.argv[sys.argv.index("-try") + 1], vars(lminf_cuda.families)
+            )
         if model_type not in FAMILIES:
             rows[model_type] = ("refused", "")
             continue
@@ -140,6 +164,7 @@ def sweep(model_types: list[str]) -> dict[str, tuple[str, str]]:
         except Exception as error:
             problem = traceback.format_exc().strip() if "-v" in sys.argv else f"{error!r}"[:300]
         rows[model_type] = ("wrong", problem) if problem else ("worked", "")
+        print(model_type, *rows[model_type], flush=True)
     return rows
 
 
@@ -149,12 +174,10 @@ def all_types() -> list[str]:
 
 
 def main() -> None:
-    asked = [word for word in sys.argv[1:] if not word.startswith("-")]
+    asked = [word for word in sys.argv[1:] if not word.startswith("-") and "(" not in word]
     transformers.logging.set_verbosity_error()
     with one_thread(), torch.no_grad():
         rows = sweep(asked or all_types())
-    for model_type, (verdict, note) in rows.items():
-        print(model_type, verdict, note, flush=True)
 
 
 if __name__ == "__main__":

@@ -119,12 +119,13 @@ def tiny_model(name: str = "llama", **overrides: Any) -> Any:
     return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
-def randomize(model: Any) -> Any:
+def randomize(model: Any, attention_gain: float = 2.0) -> Any:
     """Weights far from uniform attention, with logits of order 1; no gradients, no dropout."""
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                gain = 2.0 if "attn" in parameter_name or "attention" in parameter_name else 1.0
+                is_attention = "attn" in parameter_name or "attention" in parameter_name
+                gain = attention_gain if is_attention else 1.0
                 parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
     return model.eval().requires_grad_(False)
 
