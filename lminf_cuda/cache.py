@@ -144,16 +144,12 @@ class LambdaCacheLayer(CacheLayerMixin):
         return [self.ring_k, self.ring_v, self.global_k, self.global_v]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Allocates the buffers for keys like `key_states` [B, Hkv, any, D].
-
-        Where the head dim of the values differs, both have the larger one, as the op wants it.
-        """
+        """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
         values = key_states if value_states is None else value_states
-        dim = max(key_states.shape[-1], values.shape[-1])
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             for name, like in (("k", key_states), ("v", values)):
-                batch, heads = like.shape[:2]
+                batch, heads, _, dim = like.shape
                 ring = like.new_empty((batch, heads, self.settings.window, dim))
                 first = like.new_empty((batch, heads, self.settings.n_global, dim))
                 setattr(self, f"ring_{name}", ring)
@@ -165,6 +161,8 @@ class LambdaCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Hands new keys and values on as they are: the attention function stores them.
 
+        What arrives here may be something else than keys and values, as in latent attention.
+
         Raises:
             RuntimeError: called by a model that is not patched, which would attend to the new
                 tokens alone.
@@ -174,8 +172,6 @@ class LambdaCacheLayer(CacheLayerMixin):
                 "a LambdaCache works only inside the forward of the model it was made for, while "
                 "that is patched; call patch_model(model) first, or pass another cache"
             )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
     def decode(
@@ -192,6 +188,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         Returns:
             [B, Hq, 1, D].
         """
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
         out, _ = torch.ops.lminf.lambda_decode.default(
             q,
             k,
@@ -223,6 +221,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         """
         settings = self.settings
         n_global, window = settings.n_global, settings.window
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
         self._store_globals(k, v, first)
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)

@@ -14,6 +14,7 @@ tools/family_sweep.py, whose table is docs/families.md.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -87,10 +88,13 @@ class Family:
         layers = getattr(decoder, self.layers, None)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             return False
+        modules = [getattr(layer, self.attention, None) for layer in layers]
+        if not all(map(_is_transformers_attention, modules)):
+            return False
+        if self.forward is not None:
+            return True
         has_rotary = any(is_rotary(module) for module in decoder.modules())
-        return (has_rotary or self.forward is not None) and all(
-            _is_transformers_attention(getattr(layer, self.attention, None)) for layer in layers
-        )
+        return has_rotary and all(map(_asks_interface, modules))
 
 
 def layer_type(config: Any, index: int) -> str | None:
@@ -103,6 +107,12 @@ def _is_transformers_attention(module: Any) -> bool:
     return isinstance(getattr(module, "layer_idx", None), int) and any(
         cls.__module__.startswith("transformers.models.") for cls in type(module).__mro__
     )
+
+
+def _asks_interface(module: Any) -> bool:
+    """Whether a module's forward looks its attention function up, as not all do in every version."""
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 
 
 # Forwards of attention modules that do not ask the AttentionInterface. `attend` is given by the
@@ -232,20 +242,20 @@ _PLAIN = (
     *("gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
-    *("ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
+    *("ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
     *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
     *("solar_open", "starcoder2", "vaultgemma", "dots1"),
 )
 _INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
-_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3", "youtu")
+_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN, Family()),
     **dict.fromkeys(_INTERLEAVED, Family(interleaved=True)),
     **dict.fromkeys(_LATENT, Family(rotates_last=True)),
     **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), Family(uses_rope=_slides_or_all_full)),
-    **dict.fromkeys(("afmoe", "beam", "flint"), Family(uses_rope=_slides)),
+    **dict.fromkeys(("afmoe", "flint"), Family(uses_rope=_slides)),
     **dict.fromkeys(
         ("granite_swa", "granitemoe_swa"), Family(rotary=_rotary_of_theta, uses_rope=_has_theta)
     ),
@@ -294,7 +304,7 @@ FAMILIES: dict[str, Family] = {
     # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
     "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
-    "stablelm": Family(passes_kwargs=False),
+    **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
 }
 
 

@@ -90,7 +90,7 @@ def _attend(
         options: scale, softcap and sink_logits of the op.
 
     Returns:
-        [B, S, Hq, Dv].
+        [B, S, Hq, Dv], contiguous.
     """
     layer: LayerSettings | None = getattr(module, _LAYER_ATTRIBUTE, None)
     if layer is None or state is None:
@@ -123,7 +123,7 @@ def _attend(
         cache_layer = state.cache.layers[module.layer_idx]  # type: ignore[index]
         attend = cache_layer.decode if state.is_decode else cache_layer.extend
         out = attend(query, key, value, first, options)  # type: ignore[arg-type]
-    return out[..., :value_dim].transpose(1, 2)
+    return out[..., :value_dim].transpose(1, 2).contiguous()
 
 
 def _attention(

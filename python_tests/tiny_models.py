@@ -188,7 +188,7 @@ class _Dense:
             sink = s_aux.double()[:, None, None].expand(*s.shape[:2], 1)
             s = torch.cat([s, sink], dim=-1)
         out = s.softmax(-1)[..., : len(index)] @ v[0]  # [Hq, S, D]
-        return out.transpose(0, 1).to(next(module.parameters()).dtype).expand(3, -1, -1, -1), None
+        return out.transpose(0, 1).to(next(module.parameters()).dtype).repeat(3, 1, 1, 1), None
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
     decoder, family = find_decoder(model)
     dense = _Dense(layers)
     AttentionInterface.register("definition", dense)  # type: ignore[arg-type]
-    AttentionMaskInterface.register("definition", lambda *_, attention_mask=None, **__: None)
+    AttentionMaskInterface.register("definition", lambda *_, **__: torch.ones(1))
     decoder.config._attn_implementation = "definition"
     for module in decoder.modules():
         if is_rotary(module):  # without the wrapper that changes frequencies as positions grow
