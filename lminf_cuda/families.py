@@ -8,8 +8,8 @@ Two kinds:
   names a short forward of the attention module, which projects, attends and projects back.
 
 Every family is compared with its unpatched model and with the definition, by
-python_tests/test_patches.py and, over all causal LMs of the installed transformers, by
-tools/family_sweep.py, whose table is docs/families.md.
+python_tests/test_patches.py and python_tests/family_sweep.py, whose table over all causal LMs of
+transformers is docs/families.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Family:
         if self.forward is not None:
             return True
         has_rotary = any(is_rotary(module) for module in decoder.modules())
-        return has_rotary and all(map(_asks_interface, modules))
+        return has_rotary and all(map(asks_interface, modules))
 
 
 def layer_type(config: Any, index: int) -> str | None:
@@ -109,8 +109,8 @@ def _is_transformers_attention(module: Any) -> bool:
     )
 
 
-def _asks_interface(module: Any) -> bool:
-    """Whether a module's forward looks its attention function up, as not all do in every version."""
+def asks_interface(module: Any) -> bool:
+    """Whether a module's forward looks its attention function up; not all do in old versions."""
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
 

@@ -342,7 +342,7 @@ class _Patch:
                 module.config = config
         config._attn_implementation = ATTENTION_NAME
 
-        self.overridden: list[tuple[nn.Module, str]] = []
+        self.overridden: list[tuple[nn.Module, str, Any]] = []  # with what the instance had
         for module, layer_settings in zip(self.attention, settings.layers, strict=True):
             setattr(module, _LAYER_ATTRIBUTE, layer_settings)
             if family.forward is not None:
@@ -367,15 +367,18 @@ class _Patch:
 
     def override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Lets one instance answer to `name` by `function`."""
+        self.overridden.append((module, name, module.__dict__.get(name)))
         setattr(module, name, MethodType(function, module))
-        self.overridden.append((module, name))
 
     def remove(self) -> None:
         """Puts everything back."""
         for hook in self.hooks:
             hook.remove()
-        for module, name in self.overridden:
-            delattr(module, name)
+        for module, name, before in self.overridden:
+            if before is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before)
         names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, _LAYER_ATTRIBUTE, _STATE_ATTRIBUTE)
         for module in self.model.modules():
             for name in names:

@@ -15,18 +15,22 @@ Anything else that patch_model takes is wrong. What it does not take is refused 
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import VOCAB, definition, one_thread, randomize, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lminf_cuda import LambdaCache, patch_model
-from lminf_cuda.families import FAMILIES
+from lminf_cuda.families import FAMILIES, asks_interface
+from lminf_cuda.rope import is_rotary
 
 N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5
@@ -78,6 +82,24 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 for _name in _LATENT:
     _SPECIAL[_name] = {"head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+
+
+# Types whose shape does not tell why they are refused.
+_REASONS = {
+    "beam": "queries scaled by their absolute position where nothing rotates",
+    "diffllama": "attends twice with one cache",
+    "doge": "a mask computed from the values",
+    "hrm_text": "stacks that run several times",
+    "longcat_flash": "two attention modules a layer",
+}
+_REASONS |= dict.fromkeys(
+    ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text"),
+    "keys chosen by an indexer",
+)
+_REASONS |= dict.fromkeys(
+    ("gemma3n_text", "gemma4_assistant", "gemma4_text", "gemma4_unified_text"),
+    "layers that share keys",
+)
 
 
 def tiny_config(model_type: str) -> Any:
@@ -147,20 +169,46 @@ def check(model_type: str) -> str:
     return ""
 
 
-def sweep(model_types: list[str]) -> dict[str, tuple[str, str]]:
-    """For each type its verdict, and what there is to say."""
-    rows = {}
-    for model_type in model_types:
-        if model_type not in FAMILIES:
-            rows[model_type] = ("refused", "")
-            continue
-        try:
-            problem = check(model_type)
-        except Exception as error:
-            problem = traceback.format_exc().strip() if "-v" in sys.argv else f"{error!r}"[:300]
-        rows[model_type] = ("wrong", problem) if problem else ("worked", "")
-        print(model_type, *rows[model_type], flush=True)
-    return rows
+def why_refused(model_type: str) -> str:
+    """What keeps a type that is not in FAMILIES from it, as far as its shape tells."""
+    if model_type in _REASONS:
+        return _REASONS[model_type]
+    if getattr(type(AutoConfig.for_model(model_type)), "sub_configs", None):
+        return "several models in one"
+    try:
+        config = tiny_config(model_type)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception:
+        return "not looked into: the tiny config does not suit it"
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        return f"layers of {', '.join(sorted(unknown))}"
+    modules = list(model.modules())
+    if not any(is_rotary(module) for module in modules):
+        return "no rotary embedding, and no ALiBi that a patch knows"
+    if not any(asks_interface(module) for module in modules):
+        return "attention code of its own"
+    return "layers of several kinds"
+
+
+def verdict(model_type: str, verbose: bool = False) -> tuple[str, str]:
+    """ "worked", "refused", "wrong" or "not built", and what there is to say."""
+    if model_type not in FAMILIES:
+        return "refused", why_refused(model_type)
+    try:
+        model = tiny(model_type)
+    except StrictDataclassFieldValidationError:
+        return "not built", "this transformers refuses the type's own default config"
+    try:
+        patch_model(model, window=WINDOW)
+    except ValueError as error:
+        return "refused", str(error).partition(";")[0]
+    try:
+        problem = check(model_type)
+    except Exception as error:
+        problem = traceback.format_exc() if verbose else repr(error)
+    return ("wrong", problem) if problem else ("worked", "")
 
 
 def all_types() -> list[str]:
@@ -168,11 +216,65 @@ def all_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def table(rows: dict[str, tuple[str, str]]) -> str:
+    """docs/families.md."""
+    names = {
+        kind: [name for name, (found, _) in rows.items() if found == kind]
+        for kind in ("worked", "refused", "wrong", "not built")
+    }
+    counts = ", ".join(f"{len(kind_names)} {kind}" for kind, kind_names in names.items())
+    reasons: dict[str, list[str]] = {}
+    for name in names["refused"] + names["not built"] + names["wrong"]:
+        reasons.setdefault(rows[name][1], []).append(name)
+    lines = [
+        "# Model types that `patch_model` serves",
+        "",
+        "Written by `python python_tests/family_sweep.py`, which builds a tiny random model of",
+        "each type and compares it, patched, with the unpatched one and with a dense rewrite; its",
+        "first lines say how.",
+        "",
+        f"transformers {transformers.__version__}, {len(rows)} causal LM types: {counts}.",
+        "",
+        "## Worked",
+        "",
+        ", ".join(names["worked"]),
+        "",
+        "## Refused",
+        "",
+        "By name, before anything of the model is changed.",
+        "",
+        "| because | types |",
+        "| --- | --- |",
+        *(f"| {reason} | {', '.join(found)} |" for reason, found in sorted(reasons.items())),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write(rows: dict[str, tuple[str, str]]) -> None:
+    """Writes docs/families.md and the README's row of model types."""
+    root = Path(__file__).parents[1]
+    (root / "docs" / "families.md").write_text(table(rows))
+    worked = ", ".join(name for name, (found, _) in rows.items() if found == "worked")
+    row = f"| model types for `patch_model` | {worked} ([all types](docs/families.md)) |"
+    readme = root / "README.md"
+    text = readme.read_text()
+    readme.write_text(re.sub(r"^\| model types for `patch_model` .*$", row, text, flags=re.M))
+
+
 def main() -> None:
-    asked = [word for word in sys.argv[1:] if not word.startswith("-")]
+    """The command of this file's docstring; -v prints where a wrong type failed."""
+    asked = [word for word in sys.argv[1:] if word != "-v"]
     transformers.logging.set_verbosity_error()
+    rows = {}
     with one_thread(), torch.no_grad():
-        sweep(asked or all_types())
+        for model_type in asked or all_types():
+            rows[model_type] = verdict(model_type, verbose="-v" in sys.argv)
+            print(model_type, *rows[model_type], flush=True)
+    if not asked:
+        write(rows)
+    if any(found == "wrong" for found, _ in rows.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ _LLAMA = {
     "eos_token_id": None,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ALTERNATING = ["sliding_attention", "full_attention"]
+_PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -58,6 +60,51 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "gemma": ("gemma", {"head_dim": 16}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "bloom_6_heads": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {"sliding_window": 8, "layer_types": _ALTERNATING}),
+    "exaone4": (
+        "exaone4",
+        {"sliding_window": 8, "sliding_window_pattern": 2, "layer_types": _ALTERNATING},
+    ),
+    "falcon": ("falcon", {}),
+    "falcon_alibi": ("falcon", {"alibi": True}),
+    "falcon_groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_mha": ("falcon", {"multi_query": False}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 3.0,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "glm": ("glm", {"head_dim": 8}),
+    "glm4": ("glm4", {"head_dim": 8}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": _PARTIAL}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "gptj": ("gptj", {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4}),
     "granite": ("granite", {"attention_multiplier": 0.4, "logits_scaling": 2.0}),
     "llama": ("llama", {}),
     "llama_mha": ("llama", {"num_key_value_heads": 4}),
@@ -80,6 +127,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral_sliding": ("mistral", {"sliding_window": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": TRAINED}),
+    "mpt_6_heads": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": TRAINED}),
     "olmo": ("olmo", {"clip_qkv": 2.0}),
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {"sliding_window": None}),
@@ -93,6 +142,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "phi": ("phi", {}),
     "qwen2": ("qwen2", {}),
     "qwen2_sliding": (
         "qwen2",
@@ -102,6 +152,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", _MOE | {"head_dim": 8}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
 }
 
@@ -116,7 +167,9 @@ def tiny_model(name: str = "llama", **overrides: Any) -> Any:
             raise
         pytest.skip(f"this transformers refuses OLMo's own config: {error}")
     torch.manual_seed(0)
-    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    # Falcon's eager attention adds its ALiBi twice: once more with the mask.
+    implementation = "sdpa" if name == "falcon_alibi" else "eager"
+    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation=implementation))
 
 
 def randomize(model: Any, attention_gain: float = 2.0) -> Any:
