@@ -15,7 +15,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 BUILD := build/cmake
 
-cpp_files := $(shell find csrc -name '*.h' -o -name '*.cpp' | sort)
+cpp_files := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | sort)
 build_inputs := $(cpp_files) setup.py pyproject.toml tools/build_backend.py
 
 # Stamps: the package is installed, and so are the tools for working on it.

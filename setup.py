@@ -2,11 +2,23 @@
 
 The compiled module uses the stable ABI of PyTorch (from 2.11 on) and of Python (from 3.10 on), so a
 wheel built once serves later versions of both. MAX_JOBS limits the number of compilers at work.
+
+The CUDA kernels are built where a CUDA compiler is found: by CUDA_HOME or CUDA_PATH, on PATH, or in
+the PyPI packages nvidia-cuda-nvcc and nvidia-cuda-runtime. Neither a GPU nor a torch with CUDA is
+needed: a CPU-only torch loads the same wheel. TORCH_CUDA_ARCH_LIST chooses the architectures,
+LMINF_SKIP_CUDA_BUILD=1 leaves the CUDA kernels out, LMINF_FORCE_CUDA_BUILD=1 ends the build where
+there is no compiler for them.
 """
 
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 TORCH_ABI = "0x020b000000000000"  # 2.11, the oldest torch that the build runs on
@@ -16,6 +28,67 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
+# What an architecture's own code gains is its tuning of instructions; any newer one runs the PTX.
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+
+
+def flag(name: str) -> bool:
+    """Whether an environment variable is set to anything but a no."""
+    return os.environ.get(name, "0").lower() not in ("", "0", "off", "no", "false")
+
+
+def find_cuda() -> Path | None:
+    """The toolkit's root folder, the one with bin/nvcc and the runtime's headers; None if there is
+    none."""
+    homes = [Path(home) for home in map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")) if home]
+    if nvcc := shutil.which("nvcc"):
+        # What is on PATH may be a script that runs the real one: that one says where it stands.
+        told = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
+        if top := re.search(r"TOP=(.+)", told.stderr):
+            homes.append(Path(top.group(1).strip()).resolve())
+    for packages in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        homes += sorted(Path(packages).glob("nvidia/cu*"), reverse=True)
+    for home in homes:
+        if (home / "bin/nvcc").is_file() and (home / "include/cuda_bf16.h").is_file():
+            return home
+    return None
+
+
+def default_architectures(home: Path) -> str:
+    """Those of CUDA_ARCHITECTURES that this compiler knows, the newest as PTX too."""
+    listed = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True)
+    known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in listed.stdout]
+    if not known:
+        raise SystemExit(
+            f"lminf_cuda: {home / 'bin/nvcc'} knows none of the architectures "
+            f"{', '.join(CUDA_ARCHITECTURES)}; name others in TORCH_CUDA_ARCH_LIST, or set "
+            "LMINF_SKIP_CUDA_BUILD=1"
+        )
+    return ";".join(known) + "+PTX"
+
+
+def cuda_toolkit() -> Path | None:
+    """Where to build the CUDA kernels from, or None; what was decided is said in one line."""
+    if flag("LMINF_SKIP_CUDA_BUILD"):
+        print("lminf_cuda: LMINF_SKIP_CUDA_BUILD is set: building the CPU kernels alone")
+        return None
+    home = find_cuda()
+    if home is None:
+        text = "no CUDA compiler (nvcc with its headers) by CUDA_HOME, on PATH or from PyPI"
+        if flag("LMINF_FORCE_CUDA_BUILD"):
+            raise SystemExit(f"lminf_cuda: LMINF_FORCE_CUDA_BUILD is set, but there is {text}")
+        print(f"lminf_cuda: {text}: building the CPU kernels alone")
+        return None
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(home))
+    print(f"lminf_cuda: CUDA from {home} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    # A CPU-only torch looks for no toolkit; then it builds with this one all the same.
+    cpp_extension.CUDA_HOME = str(home)
+    return home
+
+
 def files(pattern: str) -> list[str]:
     """Paths below csrc/, relative to this file as setuptools wants them."""
     root = Path(__file__).parent
@@ -23,15 +96,33 @@ def files(pattern: str) -> list[str]:
 
 
 def extension() -> Extension:
-    """The extension with the CPU kernels. They choose their instruction set at run time, so no
-    machine flag is passed here."""
+    """The extension with the CPU kernels, and the CUDA kernels where they can be built. The CPU
+    kernels choose their instruction set at run time, so no machine flag is passed here."""
+    home = cuda_toolkit()
+    sources = files("cpu/*.cpp") + files("torch/*.cpp")
+    macros = [("TORCH_TARGET_VERSION", TORCH_ABI)]
+    folders: dict[str, list[str]] = {}
+    libraries: list[str] = []
+    if home is None:
+        sources.remove("csrc/torch/backend_cuda.cpp")
+    else:
+        sources += files("cuda/*.cu")
+        macros.append(("LMINF_WITH_CUDA", "1"))
+        # The runtime is linked in: the module then needs nothing but a driver, and loads without.
+        libraries = ["cudart_static", "rt", "dl", "pthread"]
+        folders = dict(
+            include_dirs=[str(home / "include")],
+            library_dirs=[str(home / name) for name in ("lib64", "lib") if (home / name).is_dir()],
+        )
     return CppExtension(
         name="lminf_cuda._C",
-        sources=files("cpu/*.cpp") + files("torch/*.cpp"),
-        depends=files("**/*.h"),
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_ABI)],
-        extra_compile_args={"cxx": CXX_FLAGS},
+        sources=sources,
+        depends=files("**/*.h") + files("**/*.cuh"),
+        define_macros=macros,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        libraries=libraries,
         py_limited_api=True,
+        **folders,
     )
 
 

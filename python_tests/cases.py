@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import emulated
 import torch
 from torch import Tensor
 
@@ -45,7 +46,9 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> Any:
-    """torch.ops.lminf.<op> on the backend; CPU tensors in, CPU tensors out, writes in place."""
+    """torch.ops.lminf.<op>, or its emulation; CPU tensors in, CPU tensors out, writes in place."""
+    if backend == "emulated":
+        return getattr(emulated, op)(*args, **kwargs)
     function = getattr(torch.ops.lminf, op)
     device = "cuda" if backend == "cuda" else "cpu"
     moved: list[tuple[Tensor, Tensor]] = []

@@ -1,9 +1,22 @@
 """Fixtures that every test file shares."""
 
+import emulated
 import pytest
+import torch
+
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+_NO_EMULATION = pytest.mark.skipif(
+    emulated.missing() is not None, reason=f"emulation: {emulated.missing()}"
+)
 
 
-@pytest.fixture(params=["cpu"])
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("emulated", marks=[pytest.mark.emulated, _NO_EMULATION]),
+        pytest.param("cuda", marks=[pytest.mark.cuda, _NO_GPU]),
+    ]
+)
 def backend(request: pytest.FixtureRequest) -> str:
     """Name of the backend that the test calls the ops on, as cases.call takes it."""
     return request.param

@@ -8,7 +8,10 @@ its logits equal
 
 - the unpatched model's while the text fits the window, layers that slide among them;
 - a dense rewrite at four times the window (`tiny_models.definition`, run in the model's own code);
-- and its own logits with a LambdaCache, read in chunks and then token by token, and by generate().
+- and its own logits with a LambdaCache, read in chunks and then token by token, by generate(), and
+  in a row that begins with padding;
+
+and when unpatch_model gives the unpatched model's logits back, bit for bit.
 
 Anything else that patch_model takes is wrong. What it does not take is refused by name.
 """
@@ -28,7 +31,7 @@ from tiny_models import VOCAB, definition, one_thread, randomize, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lminf_cuda import LambdaCache, patch_model
+from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.families import FAMILIES, asks_interface
 from lminf_cuda.rope import is_rotary
 
@@ -166,6 +169,16 @@ def check(model_type: str) -> str:
     logits = patched(written, use_cache=False).logits
     if not torch.equal(logits[:, -5:-1].argmax(-1), written[:, -4:]):
         return "generate() writes other tokens than without a cache"
+    mask = torch.ones(2, long_ids.shape[1], dtype=torch.int64)
+    mask[1, : -WINDOW - 5] = 0
+    for use_cache in (False, True):
+        rows = patched(long_ids.expand(2, -1), attention_mask=mask, use_cache=use_cache).logits
+        alone = patched(long_ids[:, -WINDOW - 5 :], use_cache=False).logits
+        error = max(difference(rows[:1], expected), difference(rows[1:, -WINDOW - 5 :], alone))
+        if error > TOLERANCE:
+            return f"off by {error:.1g} in a padded batch"
+    if not torch.equal(unpatch_model(fits)(ids).logits, vanilla):
+        return "unpatched, its logits are not what they were"
     return ""
 
 

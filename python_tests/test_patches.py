@@ -143,8 +143,11 @@ def test_sliding_layers_keep_their_window() -> None:
     assert max_difference(model(ids, use_cache=False).logits, expected_logits) < TOLERANCE
 
 
-def test_left_padded_rows_equal_single_rows() -> None:
-    model = patch_model(tiny_model(), n_global=N_GLOBAL, window=WINDOW)
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_oss", "gemma3_text", "stablelm", "falcon_alibi", "gptj", "bloom", "mpt"]
+)
+def test_left_padded_rows_equal_single_rows(name: str) -> None:
+    model = patch_model(tiny_model(name), n_global=N_GLOBAL, window=WINDOW)
     lengths = [1, 2, 3, 12, 13, 29, 40]
     ids = tokens(len(lengths), 40)
     mask = torch.zeros_like(ids)

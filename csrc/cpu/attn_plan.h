@@ -12,7 +12,8 @@
 namespace lminf::cpu {
 
 struct AttnTask {
-  int64_t batch;  // row of the batch (0 with cu_seqlens)
+  int64_t sequence;  // counts rows of the batch, or packed sequences
+  int64_t batch;     // row of the batch (0 with cu_seqlens)
   int64_t head_kv;
   int64_t head_q;  // first query head
   int64_t heads;   // query heads of this task, all of head_kv
@@ -47,6 +48,7 @@ class AttnPlan {
 
   int64_t tasks() const { return blocks_before_.back() * p_.heads_kv * chunks_; }
   int64_t rows_per_task() const { return queries_ * heads_; }
+  int64_t queries_per_task() const { return queries_; }
 
   AttnTask task(int64_t index) const {
     const int64_t per_block = p_.heads_kv * chunks_;
@@ -58,6 +60,7 @@ class AttnPlan {
     const int64_t blocks = blocks_before_[sequence + 1] - blocks_before_[sequence];
     const int64_t within = index - blocks_before_[sequence] * per_block;
     const int64_t head = within / blocks, block = within % blocks;
+    t.sequence = sequence;
     t.head_kv = head / chunks_;
     t.head_q = t.head_kv * group_ + head % chunks_ * heads_;
     t.heads = std::min(heads_, (t.head_kv + 1) * group_ - t.head_q);

@@ -4,14 +4,56 @@
 
 constexpr int kDecodeBlock = 64;  // keys between two softmax steps
 
-// Scores and values as the products want them: K is the element type of the cache.
-//   float: queries and probabilities in float, keys and values converted as they are read
-//   bf16 where there is a bf16 dot product: everything in bf16, sums in float
+// Calls f(first head, how many as a constant) over `heads` in the largest steps there are.
+template <typename F>
+inline void for_head_groups(int heads, const F& f) {
+  int h = 0;
+  if constexpr (kLanes >= 8)
+    for (; h + 8 <= heads; h += 8) f(h, std::integral_constant<int, 8>{});
+  for (; h + 4 <= heads; h += 4) f(h, std::integral_constant<int, 4>{});
+  for (; h + 2 <= heads; h += 2) f(h, std::integral_constant<int, 2>{});
+  for (; h < heads; ++h) f(h, std::integral_constant<int, 1>{});
+}
+
+// A product offers, over rows of dims `dim` and blocks of n <= kDecodeBlock keys:
+//   Operand                      the type of its queries and probabilities
+//   kProbGrain                   probabilities are read up to a multiple of this, zeros past n
+//   query_size, pack_queries     elements of its packed queries, and how they come from
+//   [heads][dim] floats bytes and the constructor    the scratch that it works in scores(q, heads,
+//   ...)        scores[h][c] = <q[h], k[c]> add_values(probs, heads, ..) out[h] += sum_c
+//   probs[h][c] v[c]
+// Rows of scores and probabilities are kDecodeBlock apart.
+
+// Products in float; keys and values of type K are converted as they are read.
 template <typename K>
 struct DecodeProduct {
-  using Operand = float;  // of queries and probabilities
+  using Operand = float;
+  static constexpr int kProbGrain = kLanes;
 
-  // scores[h][c] = <q[h], k[c]> for n keys; rows of q are `dim` apart, rows of scores kDecodeBlock.
+  DecodeProduct() = default;
+  DecodeProduct(Scratch&, int /*heads*/, int /*dim*/) {}
+  static size_t bytes(int /*heads*/, int /*dim*/) { return 0; }
+  static int64_t query_size(int heads, int dim) { return int64_t{heads} * dim; }
+  static void pack_queries(const float* q, int heads, int dim, float* out) {
+    std::memcpy(out, q, query_size(heads, dim) * sizeof(float));
+  }
+
+  void prepare_values(const K*, int64_t, int, int) const {}
+
+  void scores(const float* q, int heads, int dim, const K* k, int64_t stride, int n,
+              float* out) const {
+    for_head_groups(heads, [&](int h, auto count) {
+      dot_keys<decltype(count)::value>(q + h * dim, dim, k, stride, n, out + h * kDecodeBlock);
+    });
+  }
+
+  void add_values(const float* probs, int heads, const K* v, int64_t stride, int n, int dim,
+                  float* out) const {
+    for_head_groups(heads, [&](int h, auto count) {
+      add_rows<decltype(count)::value>(probs + h * kDecodeBlock, v, stride, n, dim, out + h * dim);
+    });
+  }
+
   template <int kHeads>
   static void dot_keys(const float* q, int dim, const K* k, int64_t stride, int n, float* scores) {
     constexpr int kKeys = kLanes / kHeads;  // as many sums as a vector has lanes
@@ -37,10 +79,8 @@ struct DecodeProduct {
     }
   }
 
-  // out[h] += sum_c probs[h][c] v[c]; rows of out are `dim` apart, rows of probs kDecodeBlock.
   template <int kHeads>
-  static void add_values(const float* probs, const K* v, int64_t stride, int n, int dim,
-                         float* out) {
+  static void add_rows(const float* probs, const K* v, int64_t stride, int n, int dim, float* out) {
     constexpr int kVecs = LMINF_LANES == 16 ? std::max(1, 16 / kHeads) : std::max(1, 8 / kHeads);
     int d = 0;
     for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
@@ -86,85 +126,3 @@ struct DecodeProduct {
     }
   }
 };
-
-#if LMINF_BF16
-// Dims are a multiple of 32: one vector of a row.
-struct DecodeProductBf16 {
-  using Operand = bf16;
-
-  template <int kHeads>
-  static void dot_keys(const bf16* q, int dim, const bf16* k, int64_t stride, int n,
-                       float* scores) {
-    constexpr int kKeys = kLanes / kHeads;
-    for (int c0 = 0; c0 < n; c0 += kKeys) {
-      const bf16* key[kKeys];
-      for (int c = 0; c < kKeys; ++c) key[c] = k + std::min(c0 + c, n - 1) * stride;
-      Vec sum[kLanes];
-      LMINF_UNROLL
-      for (int i = 0; i < kLanes; ++i) sum[i] = vset(0.0f);
-      for (int d = 0; d < dim; d += 32) {
-        __m512i row[kKeys];
-        LMINF_UNROLL
-        for (int c = 0; c < kKeys; ++c) row[c] = _mm512_loadu_si512(key[c] + d);
-        LMINF_UNROLL
-        for (int h = 0; h < kHeads; ++h) {
-          const __m512i query = _mm512_loadu_si512(q + h * dim + d);
-          LMINF_UNROLL
-          for (int c = 0; c < kKeys; ++c)
-            sum[h * kKeys + c] =
-                _mm512_dpbf16_ps(sum[h * kKeys + c], (__m512bh)query, (__m512bh)row[c]);
-        }
-      }
-      DecodeProduct<bf16>::store_sums<kHeads>(sum, scores + c0);
-    }
-  }
-
-  // Two keys at a time: their rows are interleaved, so that one product takes both.
-  template <int kHeads>
-  static void add_values(const bf16* probs, const bf16* v, int64_t stride, int n, int dim,
-                         float* out) {
-    // Dims as the interleaving leaves them: of each group of 8, the first 4 go low, the others
-    // high.
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second =
-        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int d = 0; d < dim; d += 32) {
-      Vec low[kHeads], high[kHeads];
-      LMINF_UNROLL
-      for (int h = 0; h < kHeads; ++h) low[h] = high[h] = vset(0.0f);
-      for (int c = 0; c < n; c += 2) {
-        const __m512i even = _mm512_loadu_si512(v + c * stride + d);
-        const __m512i odd =
-            c + 1 < n ? _mm512_loadu_si512(v + (c + 1) * stride + d) : _mm512_setzero_si512();
-        const __m512i pair_low = _mm512_unpacklo_epi16(even, odd);
-        const __m512i pair_high = _mm512_unpackhi_epi16(even, odd);
-        LMINF_UNROLL
-        for (int h = 0; h < kHeads; ++h) {
-          int32_t pair;
-          std::memcpy(&pair, probs + h * kDecodeBlock + c, 4);
-          const __m512i p = _mm512_set1_epi32(pair);
-          low[h] = _mm512_dpbf16_ps(low[h], (__m512bh)p, (__m512bh)pair_low);
-          high[h] = _mm512_dpbf16_ps(high[h], (__m512bh)p, (__m512bh)pair_high);
-        }
-      }
-      LMINF_UNROLL
-      for (int h = 0; h < kHeads; ++h) {
-        float* row = out + h * dim + d;
-        vstore(row, vadd(vload(row), _mm512_permutex2var_ps(low[h], first, high[h])));
-        vstore(row + 16, vadd(vload(row + 16), _mm512_permutex2var_ps(low[h], second, high[h])));
-      }
-    }
-  }
-};
-#endif
-
-// Calls f(first head, how many as a constant) over `heads` in the largest steps there are.
-template <typename F>
-inline void for_head_groups(int heads, const F& f) {
-  int h = 0;
-  if constexpr (kLanes >= 8)
-    for (; h + 8 <= heads; h += 8) f(h, std::integral_constant<int, 8>{});
-  for (; h + 4 <= heads; h += 4) f(h, std::integral_constant<int, 4>{});
-  for (; h + 2 <= heads; h += 2) f(h, std::integral_constant<int, 2>{});
-  for (; h < heads; ++h) f(h, std::integral_constant<int, 1>{});
-}

@@ -4,10 +4,10 @@
 // A task holds some hundred rows (queries x heads that share one key head) and walks the key tiles
 // of the three branches of core/lambda_mask.h: first the far branch, raw queries against keys
 // rotated by -max_distance, then the queries are rotated in place and meet the near and the window
-// branch. A key tile is rotated and packed once for all rows of the task. Within a tile, a block of
-// kBlockM rows multiplies only the columns that one of its rows sees; since a branch is a band of
-// distances, what a row sees of a tile is one range of columns, and only the ends of that range are
-// masked.
+// branch. A key tile is rotated and packed once for all rows of the task, and kept for the thread's
+// next tasks, which are the neighbouring queries. Within a tile, a block of kBlockM rows multiplies
+// only the columns that one of its rows sees; since a branch is a band of distances, what a row
+// sees of a tile is one range of columns, and only the ends of that range are masked.
 
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
@@ -21,28 +21,24 @@ struct AttnScratch {
   // their own.
   static constexpr bool kInPlace = std::is_same_v<E, float>;
 
-  AttnScratch(int64_t rows, int dim_padded, const Rotary& rotary)
-      : memory(bytes(rows, dim_padded, rotary)), rotation(memory, rotary) {
+  AttnScratch(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary)
+      : memory(bytes(rows, slots, dim_padded, rotary)),
+        rotation(memory, rotary),
+        tiles(memory, slots, dim_padded) {
     queries = memory.take<E>(rows * dim_padded);
     states.max = memory.take<float>(rows);
     states.sum = memory.take<float>(rows * kLanes);
     states.out = memory.take<float>(rows * dim_padded);
-    keys = memory.take<E>(dim_padded * kBlockN);
-    values = memory.take<E>(dim_padded * kBlockN);
     scores = memory.take<float>(kBlockM * kScoreStride);
     probs = kInPlace ? reinterpret_cast<E*>(scores) : memory.take<E>(kBlockM * kScoreStride);
     key_rows = memory.take<E>(kLanes * dim_padded);
     row = memory.take<float>(dim_padded);
-    // Tile edges that no key fills keep whatever was packed before; it is multiplied by 0 and must
-    // be finite.
-    std::memset(keys, 0, dim_padded * kBlockN * sizeof(E));
-    std::memset(values, 0, dim_padded * kBlockN * sizeof(E));
   }
 
-  static size_t bytes(int64_t rows, int dim_padded, const Rotary& rotary) {
-    return TileRotation::bytes(rotary) + Scratch::bytes<E>(rows * dim_padded) +
-           Scratch::bytes<float>(rows) + Scratch::bytes<float>(rows * kLanes) +
-           Scratch::bytes<float>(rows * dim_padded) + 2 * Scratch::bytes<E>(dim_padded * kBlockN) +
+  static size_t bytes(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary) {
+    return TileRotation::bytes(rotary) + TileCache<E>::bytes(slots, dim_padded) +
+           Scratch::bytes<E>(rows * dim_padded) + Scratch::bytes<float>(rows) +
+           Scratch::bytes<float>(rows * kLanes) + Scratch::bytes<float>(rows * dim_padded) +
            Scratch::bytes<float>(kBlockM * kScoreStride) +
            Scratch::bytes<E>(kBlockM * kScoreStride) + Scratch::bytes<E>(kLanes * dim_padded) +
            Scratch::bytes<float>(dim_padded);
@@ -50,10 +46,9 @@ struct AttnScratch {
 
   Scratch memory;
   TileRotation rotation;
+  TileCache<E> tiles;
   RowStates states;
   E* queries;     // [rows][Dp]
-  E* keys;        // packed tile
-  E* values;      // packed tile
   float* scores;  // [kBlockM][kScoreStride]
   E* probs;       // [kBlockM][kScoreStride]
   E* key_rows;    // [kLanes][Dp] on their way into a tile
@@ -70,6 +65,7 @@ class LambdaAttnForward {
       : p_(params), rotary_(rotary), dim_(static_cast<int>(params.head_dim)) {
     const int grain = std::max(kKGrain<E>, kLanes);
     dim_padded_ = (dim_ + grain - 1) / grain * grain;
+    block_rows_ = p_.window < 4 * kBlockN ? kBlockM / 2 : kBlockM;
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     // A negative scale turns maxima into minima, so it is applied before they are taken.
@@ -78,16 +74,20 @@ class LambdaAttnForward {
   }
 
   void run(const Threads& threads) const {
-    const AttnPlan plan(p_, threads.count, kTaskRows<E>, kMaxHeadsPerTask);
+    const AttnPlan plan(p_, threads.count, kTaskRows, kMaxHeadsPerTask);
     const int64_t tasks = plan.tasks();
-    const int64_t workers = std::min<int64_t>(threads.count, tasks);
+    // Neighbouring tasks go to one thread, in portions that leave every thread several.
+    const int64_t portion = max64(1, tasks / (4 * threads.count));
+    const int64_t workers = std::min<int64_t>(threads.count, (tasks + portion - 1) / portion);
+    const int64_t slots = TileCache<E>::slots_for(p_.window, plan.queries_per_task(), dim_padded_);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
-      const MatrixUnit matrix_unit;
-      (void)matrix_unit;
-      AttnScratch<E> scratch(plan.rows_per_task(), dim_padded_, rotary_);
+      [[maybe_unused]] const MatrixUnit matrix_unit;
+      [[maybe_unused]] const FlushSubnormals flush_subnormals;
+      AttnScratch<E> scratch(plan.rows_per_task(), slots, dim_padded_, rotary_);
       for (int64_t worker = begin; worker < end; ++worker)
-        for (int64_t t; (t = next.fetch_add(1)) < tasks;) run_task(plan.task(t), scratch);
+        for (int64_t t; (t = next.fetch_add(portion)) < tasks;)
+          for (int64_t n = t; n < min64(t + portion, tasks); ++n) run_task(plan.task(n), scratch);
     });
   }
 
@@ -132,11 +132,12 @@ class LambdaAttnForward {
     const Branch far_keys = far_branch(global_held, p_.n_global, p_.max_distance);
     if (!far_keys.empty() && !far_keys.visible_keys(positions(t)).empty()) {
       load_queries(t, /*rotate=*/false, s);
-      run_branch(t, far_keys, far, s);
+      run_branch(t, TileKind::kFar, far_keys, far, s);
     }
     load_queries(t, /*rotate=*/true, s);
-    run_branch(t, near_branch(global_held, p_.n_global, p_.window, p_.max_distance), global, s);
-    run_branch(t, window_branch(held, p_.window), own, s);
+    run_branch(t, TileKind::kNear,
+               near_branch(global_held, p_.n_global, p_.window, p_.max_distance), global, s);
+    run_branch(t, TileKind::kWindow, window_branch(held, p_.window), own, s);
     store(t, s);
   }
 
@@ -163,26 +164,30 @@ class LambdaAttnForward {
     }
   }
 
-  void run_branch(const AttnTask& t, const Branch& branch, const KeySource<T>& source,
-                  AttnScratch<E>& s) const {
+  void run_branch(const AttnTask& t, TileKind kind, const Branch& branch,
+                  const KeySource<T>& source, AttnScratch<E>& s) const {
     if (branch.empty()) return;
-    const Range wanted = branch.visible_keys(positions(t));
     const TileRanges tiles = key_tiles(branch, positions(t), source.first, kBlockN);
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int64_t first = source.first + tile * kBlockN;
-      const bool finite =
-          pack_tile(source, first, intersect(wanted, {first, first + kBlockN}), dim_, dim_padded_,
-                    rotary_, p_.max_distance, s.rotation, s.row, s.key_rows, s.keys, s.values);
+    // The latest keys first: with ALiBi they have the largest scores, which then stay the
+    // reference.
+    for (int64_t index = tiles.end - 1; index >= tiles.begin; --index) {
+      const int64_t first = source.first + index * kBlockN;
+      const auto& tile = s.tiles.get(kind, t.sequence, t.head_kv, index, [&](auto& slot) {
+        slot.finite = pack_tile(source, first, intersect(branch.keys, {first, first + kBlockN}),
+                                dim_, dim_padded_, rotary_, p_.max_distance, s.rotation, s.row,
+                                s.key_rows, slot.keys, slot.values);
+      });
       const int64_t rows = t.queries * t.heads;
       for (int64_t row = 0; row < rows; row += kBlockM)
-        run_block(t, branch, source.frame, first, finite, row,
-                  std::min<int64_t>(kBlockM, rows - row), s);
+        run_block(t, branch, source.frame, tile, first, row, std::min<int64_t>(kBlockM, rows - row),
+                  s);
     }
   }
 
   // One block of rows against one packed tile of keys.
-  void run_block(const AttnTask& t, const Branch& branch, KeyFrame frame, int64_t tile_first,
-                 bool finite, int64_t row0, int64_t rows, AttnScratch<E>& s) const {
+  void run_block(const AttnTask& t, const Branch& branch, KeyFrame frame,
+                 const typename TileCache<E>::Tile& tile, int64_t tile_first, int64_t row0,
+                 int64_t rows, AttnScratch<E>& s) const {
     const Range queries = {t.position + row0 / t.heads,
                            t.position + (row0 + rows - 1) / t.heads + 1};
     const Range seen = intersect(branch.visible_keys(queries), {tile_first, tile_first + kBlockN});
@@ -191,7 +196,7 @@ class LambdaAttnForward {
     const int end =
         (static_cast<int>(seen.hi - tile_first) + kColGrain - 1) / kColGrain * kColGrain;
 
-    const Operand<E> keys = keys_from(s.keys, begin, dim_padded_);
+    const Operand<E> keys = keys_from(tile.keys, begin, dim_padded_);
     gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
                 dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride);
 
@@ -204,17 +209,16 @@ class LambdaAttnForward {
       lo[r] = static_cast<int>(row_sees.lo - tile_first);
       hi[r] = static_cast<int>(row_sees.hi - tile_first);
       if (lo[r] >= hi[r]) continue;
-      if (map_.general)
-        map_scores(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores, lo[r], hi[r]);
-      tile_max[r] = row_max(scores, lo[r], hi[r]) * map_.factor;
+      tile_max[r] = scores_max(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores,
+                               lo[r], hi[r]);
     }
     for (int64_t r = 0; r < rows; ++r)
       softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
                               s.scores + r * kScoreStride, s.probs + r * kScoreStride, lo[r], hi[r],
                               begin, end, map_.factor, tile_max[r]);
 
-    if (finite) {
-      const Operand<E> values = values_from(s.values, begin, dim_padded_);
+    if (tile.finite) {
+      const Operand<E> values = values_from(tile.values, begin, dim_padded_);
       gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kScoreStride,
                  values.data, values.ld, s.states.out + row0 * dim_padded_, dim_padded_);
       return;
@@ -224,17 +228,16 @@ class LambdaAttnForward {
       float* out = s.states.out + (row0 + r) * dim_padded_;
       for (int key = lo[r]; key < hi[r]; ++key) {
         const float p = to_float(s.probs[r * kScoreStride + key]);
-        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(s.values, dim_padded_, key, d);
+        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(tile.values, dim_padded_, key, d);
       }
     }
   }
 
   RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f};
+    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
     const float slope = p_.score.alibi_slopes[t.head_q + h];
-    if (frame == KeyFrame::kMaxDistance)
-      return {0.0f, -slope * static_cast<float>(p_.max_distance)};
-    return {slope, slope * static_cast<float>(tile_first - i)};
+    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
+    return {slope, static_cast<float>(i - tile_first), 1.0f};
   }
 
   void store(const AttnTask& t, AttnScratch<E>& s) const {
@@ -258,4 +261,5 @@ class LambdaAttnForward {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
+  int64_t block_rows_;  // a block computes the columns of all its rows: few rows for a small window
 };

@@ -8,8 +8,20 @@
 
 constexpr int64_t kDecodeMinSplitKeys = 256;  // a split shorter than this costs more than it gains
 
+#if LMINF_BF16
+template <typename T>
+using RingProduct =
+    std::conditional_t<std::is_same_v<T, bf16>, DecodeProductBf16, DecodeProduct<T>>;
+#else
+template <typename T>
+using RingProduct = DecodeProduct<T>;
+#endif
+
 template <typename T>
 class LambdaDecodeStep {
+  using Ring = RingProduct<T>;
+  using RingOperand = typename Ring::Operand;
+
  public:
   LambdaDecodeStep(const LambdaDecodeParams& params, const Rotary& rotary)
       : p_(params),
@@ -17,7 +29,7 @@ class LambdaDecodeStep {
         dim_(static_cast<int>(params.head_dim)),
         dim_padded_((dim_ + kLanes - 1) / kLanes * kLanes),
         group_(static_cast<int>(params.heads_q / params.heads_kv)) {
-    in_bf16_ = LMINF_BF16 && std::is_same_v<T, bf16> && dim_ % 32 == 0;
+    reads_in_place_ = dim_ % (std::is_same_v<RingOperand, float> ? kLanes : 32) == 0;
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
@@ -45,6 +57,7 @@ class LambdaDecodeStep {
     const int64_t workers = std::min<int64_t>(threads.count, items);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
+      [[maybe_unused]] const FlushSubnormals flush_subnormals;
       ItemScratch s(*this);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t item; (item = next.fetch_add(1)) < items;) {
@@ -63,30 +76,41 @@ class LambdaDecodeStep {
   }
 
  private:
+  // What one thread works in.
   struct ItemScratch {
     explicit ItemScratch(const LambdaDecodeStep& step)
-        : memory(2 * Scratch::bytes<float>(step.rotary_.pairs) +
-                 2 * Scratch::bytes<float>(step.group_ * step.dim_padded_) +
-                 Scratch::bytes<bf16>(step.group_ * step.dim_padded_) +
-                 Scratch::bytes<float>(step.group_ * kDecodeBlock) +
-                 Scratch::bytes<bf16>(step.group_ * kDecodeBlock) +
-                 2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_)) {
+        : memory(bytes(step)), ring(memory, step.group_, step.dim_padded_) {
+      const int rows = step.group_ * step.dim_padded_;
       cos = memory.take<float>(step.rotary_.pairs);
       sin = memory.take<float>(step.rotary_.pairs);
-      q_raw = memory.take<float>(step.group_ * step.dim_padded_);
-      q_rot = memory.take<float>(step.group_ * step.dim_padded_);
-      q_rot_bf16 = memory.take<bf16>(step.group_ * step.dim_padded_);
-      scores = memory.take<float>(step.group_ * kDecodeBlock);
-      probs_bf16 = memory.take<bf16>(step.group_ * kDecodeBlock);
+      q_raw = memory.take<float>(rows);
+      q_rot = memory.take<float>(rows);
+      q_ring = memory.take<RingOperand>(Ring::query_size(step.group_, step.dim_padded_));
+      scores = memory.take<float>(padded(step.group_) * kDecodeBlock);
+      probs = memory.take<RingOperand>(padded(step.group_) * kDecodeBlock);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
       v_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
     }
+
+    static size_t bytes(const LambdaDecodeStep& step) {
+      const int rows = step.group_ * step.dim_padded_;
+      return Ring::bytes(step.group_, step.dim_padded_) +
+             2 * Scratch::bytes<float>(step.rotary_.pairs) + 2 * Scratch::bytes<float>(rows) +
+             Scratch::bytes<RingOperand>(Ring::query_size(step.group_, step.dim_padded_)) +
+             Scratch::bytes<float>(padded(step.group_) * kDecodeBlock) +
+             Scratch::bytes<RingOperand>(padded(step.group_) * kDecodeBlock) +
+             2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_);
+    }
+    // Matrix tiles write 16 heads at a time.
+    static int padded(int heads) { return (heads + 15) / 16 * 16; }
+
     Scratch memory;
-    float *cos, *sin;        // [pairs]
-    float *q_raw, *q_rot;    // [group][Dp]
-    bf16* q_rot_bf16;        // [group][Dp], where the products are in bf16
-    float* scores;           // [group][kDecodeBlock], then the probabilities
-    bf16* probs_bf16;        // [group][kDecodeBlock], where the products are in bf16
+    Ring ring;
+    float *cos, *sin;      // [pairs]
+    float *q_raw, *q_rot;  // [group][Dp]
+    RingOperand* q_ring;   // the rotated queries, packed for `ring`
+    float* scores;         // [group][kDecodeBlock]
+    RingOperand* probs;    // [group][kDecodeBlock], of `ring`; other products write over the scores
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
   };
 
@@ -147,8 +171,8 @@ class LambdaDecodeStep {
       std::memcpy(rot, raw, dim_padded_ * sizeof(float));
       scale_rotary_dims(rotary_, raw);
       rotate_row(rotary_, s.cos, s.sin, rot);
-      if (in_bf16_) store_row(rot, dim_padded_, s.q_rot_bf16 + g * dim_padded_);
     }
+    if (reads_in_place_) Ring::pack_queries(s.q_rot, group_, dim_padded_, s.q_ring);
 
     const Range self = {position, position + 1};
     if (split == 0) {
@@ -182,9 +206,8 @@ class LambdaDecodeStep {
         rotate_row(rotary_, s.cos, s.sin, key);
       }
       const bool far = frame == KeyFrame::kMaxDistance;
-      attend_block<DecodeProduct<float>>(h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_,
-                                         s.v_rows, dim_padded_, n, s.scores, frame, first, position,
-                                         rows, s);
+      attend_block(DecodeProduct<float>(), h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_,
+                   s.v_rows, dim_padded_, n, s.scores, frame, first, position, rows, s);
     }
   }
 
@@ -196,26 +219,17 @@ class LambdaDecodeStep {
       const int n = static_cast<int>(min64(kDecodeBlock, in_a_row));
       const T* k = at(static_cast<const T*>(p_.ring_k), p_.ring_k_stride, b, h, slot);
       const T* v = at(static_cast<const T*>(p_.ring_v), p_.ring_v_stride, b, h, slot);
-      const auto attend = [&](auto product, const auto* q, const auto* keys, int64_t k_stride,
-                              const auto* values, int64_t v_stride, auto* probs) {
-        attend_block<decltype(product)>(h, q, keys, k_stride, values, v_stride, n, probs,
-                                        KeyFrame::kOwnPosition, first, position, rows, s);
-      };
       const int64_t k_stride = p_.ring_k_stride.seq, v_stride = p_.ring_v_stride.seq;
-      if (in_bf16_) {
-#if LMINF_BF16
-        if constexpr (std::is_same_v<T, bf16>)
-          attend(DecodeProductBf16{}, s.q_rot_bf16, k, k_stride, v, v_stride, s.probs_bf16);
-#endif
-      } else if (dim_ == dim_padded_) {
-        attend(DecodeProduct<T>{}, s.q_rot, k, k_stride, v, v_stride, s.scores);
+      if (reads_in_place_) {
+        attend_block(s.ring, h, s.q_ring, k, k_stride, v, v_stride, n, s.probs,
+                     KeyFrame::kOwnPosition, first, position, rows, s);
       } else {
         for (int c = 0; c < n; ++c) {
           load_row(k + c * k_stride, dim_, s.k_rows + c * dim_padded_, dim_padded_);
           load_row(v + c * v_stride, dim_, s.v_rows + c * dim_padded_, dim_padded_);
         }
-        attend(DecodeProduct<float>{}, s.q_rot, s.k_rows, dim_padded_, s.v_rows, dim_padded_,
-               s.scores);
+        attend_block(DecodeProduct<float>(), h, s.q_rot, s.k_rows, dim_padded_, s.v_rows,
+                     dim_padded_, n, s.scores, KeyFrame::kOwnPosition, first, position, rows, s);
       }
       first += n;
     }
@@ -224,34 +238,28 @@ class LambdaDecodeStep {
   // n keys at positions first, first + 1, ... that stand `stride` apart. `probs` may be the scores'
   // own room.
   template <typename Product, typename K>
-  void attend_block(int64_t h, const typename Product::Operand* q, const K* k, int64_t k_stride,
-                    const K* v, int64_t v_stride, int n, typename Product::Operand* probs,
-                    KeyFrame frame, int64_t first, int64_t position, const RowStates& rows,
-                    ItemScratch& s) const {
-    for_head_groups(group_, [&](int g, auto heads) {
-      Product::template dot_keys<decltype(heads)::value>(q + g * dim_padded_, dim_padded_, k,
-                                                         k_stride, n, s.scores + g * kDecodeBlock);
-    });
-    const int end = (n + kLanes - 1) / kLanes * kLanes;
+  void attend_block(const Product& product, int64_t h, const typename Product::Operand* q,
+                    const K* k, int64_t k_stride, const K* v, int64_t v_stride, int n,
+                    typename Product::Operand* probs, KeyFrame frame, int64_t first,
+                    int64_t position, const RowStates& rows, ItemScratch& s) const {
+    product.prepare_values(v, v_stride, n, dim_padded_);
+    product.scores(q, group_, dim_padded_, k, k_stride, n, s.scores);
+    const int end = (n + Product::kProbGrain - 1) / Product::kProbGrain * Product::kProbGrain;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * kDecodeBlock;
-      if (map_.general)
-        map_scores(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
+      const float largest =
+          scores_max(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
       softmax_row<5>(rows, g, dim_padded_, scores, probs + g * kDecodeBlock, 0, n, 0, end,
-                     map_.factor, row_max(scores, 0, n) * map_.factor);
+                     map_.factor, largest);
     }
-    for_head_groups(group_, [&](int g, auto heads) {
-      Product::template add_values<decltype(heads)::value>(probs + g * kDecodeBlock, v, v_stride, n,
-                                                           dim_padded_, rows.out + g * dim_padded_);
-    });
+    product.add_values(probs, group_, v, v_stride, n, dim_padded_, rows.out);
   }
 
   RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f};
+    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
     const float slope = p_.score.alibi_slopes[head];
-    if (frame == KeyFrame::kMaxDistance)
-      return {0.0f, -slope * static_cast<float>(p_.max_distance)};
-    return {slope, slope * static_cast<float>(first - position)};
+    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
+    return {slope, static_cast<float>(position - first), 1.0f};
   }
 
   void combine(int64_t pair, int64_t splits, const RowStates& all) const {
@@ -286,6 +294,6 @@ class LambdaDecodeStep {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
-  int group_;     // query heads per key head
-  bool in_bf16_;  // the products over the ring are bf16 dot products
+  int group_;            // query heads per key head
+  bool reads_in_place_;  // rows of the ring are whole vectors; else they are copied and padded
 };

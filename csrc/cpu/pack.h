@@ -219,9 +219,9 @@ inline void prepare_key(const T* k, int key, bool rotate, KeyFrame frame, int di
   store_row(row, dim_padded, out);
 }
 
-// Packs the keys at positions [tile_first, tile_first + kBlockN) of which only `wanted` exist for
-// this task; the others become zeros, whatever memory holds there. `rows` is room for kLanes keys,
-// `row` for one in float. Returns whether all values are finite.
+// Packs the keys at positions [tile_first, tile_first + kBlockN) of which only `wanted` are keys;
+// the others become zeros, whatever memory holds there. `rows` is room for kLanes keys, `row` for
+// one in float. Returns whether all values are finite.
 template <typename T, typename E>
 inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range wanted, int dim,
                       int dim_padded, const Rotary& rotary, int64_t max_distance,
@@ -252,3 +252,60 @@ inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range want
   return pack_values(source.v + index0 * source.v_stride, source.v_stride, lo, hi, begin, end, dim,
                      dim_padded, v_tile);
 }
+
+// The packed tiles that a thread keeps from one task to the next: neighbouring runs of queries see
+// mostly the same keys. Tile t of the window branch has slot t % (number of slots), the other
+// branches one slot each.
+enum class TileKind { kWindow, kNear, kFar };
+
+template <typename E>
+class TileCache {
+ public:
+  struct Tile {
+    E* keys;
+    E* values;
+    bool finite;
+    int64_t sequence, head, index;  // what it holds; index -1: nothing
+    TileKind kind;
+  };
+
+  TileCache(Scratch& scratch, int64_t slots, int dim_padded) : slots_(slots) {
+    tiles_ = scratch.take<Tile>(slots + 2);
+    for (int64_t n = 0; n < slots + 2; ++n) {
+      E* keys = scratch.take<E>(dim_padded * kBlockN);
+      E* values = scratch.take<E>(dim_padded * kBlockN);
+      tiles_[n] = {keys, values, true, 0, 0, -1, TileKind::kWindow};
+    }
+  }
+
+  // Slots for a window and the queries of a task, as far as kTileCacheBytes go.
+  static int64_t slots_for(int64_t window, int64_t queries, int dim_padded) {
+    const int64_t most =
+        kTileCacheBytes / (2 * kBlockN * dim_padded * static_cast<int64_t>(sizeof(E)));
+    const int64_t wanted = min64(window, kUnbounded) / kBlockN + queries / kBlockN + 3;
+    return max64(1, min64(wanted, most));
+  }
+
+  static size_t bytes(int64_t slots, int dim_padded) {
+    return Scratch::bytes<Tile>(slots + 2) +
+           2 * (slots + 2) * Scratch::bytes<E>(dim_padded * kBlockN);
+  }
+
+  // The tile, packed by `pack(tile)` unless it is here already.
+  template <typename Pack>
+  const Tile& get(TileKind kind, int64_t sequence, int64_t head, int64_t index, const Pack& pack) {
+    Tile& tile = tiles_[kind == TileKind::kWindow ? index % slots_
+                        : kind == TileKind::kNear ? slots_
+                                                  : slots_ + 1];
+    if (tile.index != index || tile.head != head || tile.sequence != sequence ||
+        tile.kind != kind) {
+      pack(tile);
+      tile.sequence = sequence, tile.head = head, tile.index = index, tile.kind = kind;
+    }
+    return tile;
+  }
+
+ private:
+  int64_t slots_;
+  Tile* tiles_;
+};

@@ -21,22 +21,30 @@ struct ScoreMap {
   float softcap;
 };
 
-// The ALiBi term of one row: slope * (j - i) while the distance is true, a constant where it is
-// clamped.
+// The ALiBi term of one row: -slope * distance, which is exact until the product is taken.
 struct RowBias {
-  float slope;    // 0: none
-  float at_zero;  // the bias at column 0 of the tile, in natural units
+  float slope;     // 0: none
+  float distance;  // at column 0 of the tile
+  float step;      // by which it shrinks from column to column; 0 where it is clamped
 };
 
-inline void map_scores(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
-  const Vec scale = vset(map.scale), log2e = vset(kLog2e), slope = vset(bias.slope);
-  const Vec cap = vset(map.softcap);
+// Columns [lo, hi) of a row of products become scores in units of log2; returns the largest.
+template <bool kSoftcap>
+inline float map_scores(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
+  // Without a softcap log2(e) is part of the factors, with one it comes last.
+  const float unit = kSoftcap ? 1.0f / map.softcap : kLog2e;
+  const Vec scale = vset(map.scale * unit), slope = vset(-bias.slope * unit);
+  const Vec distance = vset(bias.distance), step = vset(-bias.step);
+  const Vec cap = vset(map.softcap * kLog2e), none = vset(minus_infinity());
+  Vec largest = none;
   for (int c = lo / kLanes * kLanes; c < hi; c += kLanes) {
-    Vec s = vmul(vload(row + c), scale);
-    s = vadd(s, vfma(slope, vadd(viota(), vset(static_cast<float>(c))), vset(bias.at_zero)));
-    if (map.softcap > 0.0f) s = vmul(cap, vtanh(vdiv(s, cap)));
-    vstore(row + c, vmul(s, log2e));
+    const Vec column = vadd(viota(), vset(static_cast<float>(c)));
+    Vec s = vfma(vload(row + c), scale, vmul(slope, vfma(step, column, distance)));
+    if (kSoftcap) s = vmul(cap, vtanh(s));
+    vstore(row + c, s);
+    largest = vmax(c < lo || c + kLanes > hi ? vkeep(s, lo - c, hi - c, none) : s, largest);
   }
+  return vreduce_max(largest);
 }
 
 inline float row_max(const float* row, int lo, int hi) {
@@ -47,6 +55,14 @@ inline float row_max(const float* row, int lo, int hi) {
   for (; c + kLanes <= hi; c += kLanes) m = vmax(vload(row + c), m);
   if (c < hi) m = vmax(vkeep(vload(row + c), 0, hi - c, none), m);
   return vreduce_max(m);
+}
+
+// The largest score of columns [lo, hi) in units of log2, mapped in place where a factor is not all
+// there is.
+inline float scores_max(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
+  if (!map.general) return row_max(row, lo, hi) * map.factor;
+  return map.softcap > 0.0f ? map_scores<true>(map, bias, row, lo, hi)
+                            : map_scores<false>(map, bias, row, lo, hi);
 }
 
 // probs[c] = 2^(row[c] * factor - max) on [lo, hi), 0 on the rest of [begin, end); returns the sum

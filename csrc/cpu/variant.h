@@ -13,6 +13,9 @@ namespace lminf::cpu::LMINF_ISA {
 #include "softmax.h"
 #include "lambda_attn.h"
 #include "decode_dot.h"
+#if LMINF_BF16
+#include "decode_bf16.h"
+#endif
 #include "lambda_decode.h"
 #include "clamped_rope.h"
 // clang-format on

@@ -15,27 +15,30 @@ cpu::Threads torch_threads() {
   return threads;
 }
 
-void check_cpu(const Device& device) {
-  if (device.type() != torch::headeronly::DeviceType::CPU) {
-    throw std::logic_error("lminf: no kernels are registered for this device");
-  }
+// Runs `on_cpu` for a CPU device, the CUDA kernels for a CUDA device where there are any.
+template <typename Params>
+void dispatch(const Params& params, const Device& device,
+              void (*on_cpu)(const Params&, const cpu::Threads&)) {
+  using torch::headeronly::DeviceType;
+  if (device.type() == DeviceType::CPU) return on_cpu(params, torch_threads());
+#if defined(LMINF_WITH_CUDA)
+  if (device.type() == DeviceType::CUDA) return run_cuda(params, device);
+#endif
+  throw std::logic_error("lminf: no kernels are registered for this device");
 }
 
 }  // namespace
 
 void run(const LambdaAttnParams& params, const Device& device) {
-  check_cpu(device);
-  cpu::kernels().lambda_attn(params, torch_threads());
+  dispatch(params, device, cpu::kernels().lambda_attn);
 }
 
 void run(const LambdaDecodeParams& params, const Device& device) {
-  check_cpu(device);
-  cpu::kernels().lambda_decode(params, torch_threads());
+  dispatch(params, device, cpu::kernels().lambda_decode);
 }
 
 void run(const ClampedRopeParams& params, const Device& device) {
-  check_cpu(device);
-  cpu::kernels().clamped_rope(params, torch_threads());
+  dispatch(params, device, cpu::kernels().clamped_rope);
 }
 
 }  // namespace lminf::binding

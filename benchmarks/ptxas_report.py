@@ -1,0 +1,126 @@
+"""Compiles the CUDA kernels and reads what ptxas says of each: registers, stack, spills.
+
+    python benchmarks/ptxas_report.py [--architectures 80 90 ...] [--csv benchmarks/ptxas.csv]
+
+Ends with 1 when a kernel spills or has a stack frame. Needs nvcc, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c"]
+
+ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
+FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture; byte counts are per thread."""
+
+    file: str
+    kernel: str
+    architecture: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether all of it lives in registers."""
+        return self.stack == self.spill_stores == self.spill_loads == 0
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    """Readable names, without what all of them share."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return {name: name for name in names}
+    done = subprocess.run([tool, *names], capture_output=True, text=True, check=True)
+    readable = {}
+    for name, text in zip(names, done.stdout.splitlines(), strict=True):
+        text = re.sub(r"lminf::cuda::|\(anonymous namespace\)::|^void ", "", text)
+        text = text.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
+        readable[name] = re.sub(r"\([^()]*\)(?=[,>])", "", text).split("(")[0]
+    return readable
+
+
+def compile_one(source: Path, architecture: str) -> list[Kernel]:
+    """The kernels of one source file on one architecture; ends the run when nvcc fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder) / "out.o")
+        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", str(source), "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    kernels, name, frame = [], "", (0, 0, 0)
+    for line in done.stderr.splitlines():
+        if found := ENTRY.search(line):
+            name = found.group(1)
+        elif found := FRAME.search(line):
+            stack, stores, loads = map(int, found.groups())
+            frame = (stack, stores, loads)
+        elif (found := REGISTERS.search(line)) and name:
+            kernels.append(Kernel(source.name, name, architecture, int(found.group(1)), *frame))
+            name = ""
+    if kernels:
+        readable = demangle([kernel.kernel for kernel in kernels])
+        for kernel in kernels:
+            kernel.kernel = readable[kernel.kernel]
+    return kernels
+
+
+def main() -> int:
+    """Compile everything, print and write the table; 1 when something uses local memory."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--architectures", nargs="+", default=["80", "90"])
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    arguments = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        raise SystemExit("ptxas_report: nvcc is not on PATH; install the CUDA toolkit")
+    jobs = [
+        (source, architecture)
+        for architecture in arguments.architectures
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
+    workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(pool.map(lambda job: compile_one(*job), jobs))
+    kernels = sorted(
+        (kernel for part in found for kernel in part),
+        key=lambda kernel: (
+            kernel.file,
+            kernel.kernel,
+            int(re.sub(r"\D", "", kernel.architecture)),
+        ),
+    )
+    for kernel in kernels:
+        mark = "" if kernel.clean else "  <-- local memory"
+        print(
+            f"sm_{kernel.architecture:5} {kernel.registers:4} registers  {kernel.stack:4} stack  "
+            f"{kernel.spill_stores + kernel.spill_loads:4} spilled  {kernel.kernel}{mark}"
+        )
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
+            writer.writeheader()
+            writer.writerows(asdict(kernel) for kernel in kernels)
+    return 0 if kernels and all(kernel.clean for kernel in kernels) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

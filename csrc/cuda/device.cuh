@@ -1,0 +1,202 @@
+// What every kernel file stands on: element types, checked memory access, launches. The same names
+// compile with nvcc for a GPU and, with LMINF_EMULATION, as C++ for csrc/emulation.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(LMINF_EMULATION)
+#include "../emulation/device.h"
+#define LMINF_DEVICE inline
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define LMINF_DEVICE __device__ __forceinline__
+#endif
+
+#include "../core/common.h"
+#include "../params.h"
+#include "launchers.h"
+
+namespace lminf::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// The same number, of which the compiler knows nothing. What follows from it is then worked out
+// where it is used, and not kept in dozens of registers from one round of a loop to the next.
+LMINF_DEVICE int recomputed(int x) {
+#if !defined(LMINF_EMULATION)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// --- Elements ---
+
+LMINF_DEVICE float to_float(float x) { return x; }
+LMINF_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+LMINF_DEVICE float to_float(fp16 x) { return __half2float(x); }
+
+template <typename T>
+LMINF_DEVICE T from_float(float x);
+template <>
+LMINF_DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+LMINF_DEVICE bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+LMINF_DEVICE fp16 from_float<fp16>(float x) {
+  return __float2half_rn(x);
+}
+
+// Two 16-bit elements in one register, the first in the low half.
+template <typename T>
+LMINF_DEVICE uint32_t pack(float low, float high);
+template <>
+LMINF_DEVICE uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return static_cast<uint32_t>(__bfloat16_as_ushort(v.x)) |
+         (static_cast<uint32_t>(__bfloat16_as_ushort(v.y)) << 16);
+}
+template <>
+LMINF_DEVICE uint32_t pack<fp16>(float low, float high) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return static_cast<uint32_t>(__half_as_ushort(__low2half(v))) |
+         (static_cast<uint32_t>(__half_as_ushort(__high2half(v))) << 16);
+}
+
+// Sixteen bytes, the widest access there is.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+template <typename T>
+constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
+
+// A chunk taken apart into its elements.
+template <typename T>
+union ChunkElements {
+  Chunk chunk;
+  T elements[kChunkElements<T>];
+  LMINF_DEVICE ChunkElements() : chunk() {}
+  LMINF_DEVICE explicit ChunkElements(Chunk c) : chunk(c) {}
+};
+
+// --- Global memory ---
+
+template <typename T>
+LMINF_DEVICE T load_global(const T* address) {
+#if defined(LMINF_EMULATION)
+  emulation::check_global(address, sizeof(T), "load");
+#endif
+  return *address;
+}
+
+template <typename T>
+LMINF_DEVICE void store_global(T* address, T value) {
+#if defined(LMINF_EMULATION)
+  emulation::check_global(address, sizeof(T), "store");
+#endif
+  *address = value;
+}
+
+// --- Shared memory ---
+
+// The block's dynamic shared memory, the only kind used here. Aligned to 128 bytes.
+LMINF_DEVICE unsigned char* shared_memory() {
+#if defined(LMINF_EMULATION)
+  return emulation::shared_memory();
+#else
+  extern __shared__ __align__(128) unsigned char lminf_shared_memory[];
+  return lminf_shared_memory;
+#endif
+}
+
+// The address of a shared object in the shared window, as PTX instructions take it.
+LMINF_DEVICE uint32_t shared_address(const void* pointer) {
+#if defined(LMINF_EMULATION)
+  return emulation::shared_address(pointer);
+#else
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+#endif
+}
+
+// `size` elements of shared memory; the emulation checks every index.
+template <typename T>
+class SharedArray {
+ public:
+  LMINF_DEVICE SharedArray(unsigned char* base, [[maybe_unused]] int size)
+      : data_(reinterpret_cast<T*>(base)) {
+#if defined(LMINF_EMULATION)
+    size_ = size;
+#endif
+  }
+
+  LMINF_DEVICE T& operator[](int i) const {
+#if defined(LMINF_EMULATION)
+    if (i < 0 || i >= size_) emulation::index_fault("shared array", i, size_);
+#endif
+    return data_[i];
+  }
+
+ private:
+  T* data_;
+#if defined(LMINF_EMULATION)
+  int size_;
+#endif
+};
+
+// --- Launching ---
+
+struct LaunchShape {
+  int64_t blocks;  // grid.x: the only dimension that goes past 65,535
+  int threads;
+  int shared_bytes;
+};
+
+constexpr int64_t kMaxBlocks = 2147483647;
+
+// Throws std::runtime_error when the launch is impossible or the runtime reports an error.
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), LaunchShape shape,
+            [[maybe_unused]] Stream stream, const Args&... args) {
+  if (shape.blocks <= 0) return;
+  if (shape.blocks > kMaxBlocks) {
+    throw std::runtime_error(std::string(name) + ": needs " + std::to_string(shape.blocks) +
+                             " blocks, a launch takes at most " + std::to_string(kMaxBlocks) +
+                             "; split the batch");
+  }
+#if defined(LMINF_EMULATION)
+  emulation::launch(name, {static_cast<unsigned>(shape.blocks), 1, 1},
+                    {static_cast<unsigned>(shape.threads), 1, 1},
+                    static_cast<size_t>(shape.shared_bytes), [&] { kernel(args...); });
+#else
+  auto check = [&](cudaError_t error) {
+    if (error != cudaSuccess) {
+      throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+    }
+  };
+  constexpr int kSharedBytesWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes > kSharedBytesWithoutAsking) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+#endif
+}
+
+}  // namespace lminf::cuda

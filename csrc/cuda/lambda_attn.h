@@ -1,0 +1,21 @@
+// Between the dispatcher (lambda_attn.cu) and the prefill kernels: each takes the sources made
+// ready by the pre-pass.
+#pragma once
+
+#include "lambda_attn_sources.cuh"
+
+namespace lminf::cuda {
+
+// bf16 and fp16 on tensor cores; one source file an element type, so that they build in parallel.
+void lambda_attn_sm80_bf16(AttnSources sources, Stream stream);
+void lambda_attn_sm80_fp16(AttnSources sources, Stream stream);
+
+void lambda_attn_plain(AttnSources sources, Stream stream);
+
+// Tiles of `tile_rows` queries of one batch entry and head.
+inline int64_t query_tiles(const LambdaAttnParams& p, int tile_rows) {
+  return p.cu_seqlens == nullptr ? ceil_div(p.seqlen_q, tile_rows)
+                                 : p.seqlen_q / tile_rows + p.n_sequences;
+}
+
+}  // namespace lminf::cuda

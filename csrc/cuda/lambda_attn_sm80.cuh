@@ -1,0 +1,273 @@
+// Prefill forward on tensor cores (mma.sync m16n8k16), sm_80 and up.
+//
+//   out = softmax over the visible keys of score(<R(min(i - j, L)) q_i, k_j>) v_j,  L =
+//   max_distance
+//
+// Schedule of a block, kBlockM queries of one head:
+//   1. far keys (global, at distance >= L) in narrow tiles: raw Q against keys rotated by -L;
+//   2. Q is rotated in place, each warp its own rows;
+//   3. near keys (global, window <= distance < L; empty when L == window), narrow tiles;
+//   4. window keys in tiles of kBlockN: masked at the two edges, bare in between.
+// Keys come rotated from a pre-pass. A tile no query needs is never touched. K and V go through two
+// stages of shared memory: while a tile is worked on, the next one is under way, and one barrier a
+// tile both publishes the new tile and retires the old. A warp owns whole rows, so the softmax
+// needs no shared memory. Scores live in base 2 with the scale folded into the exponent's fma.
+#pragma once
+
+#include "attend.cuh"
+#include "lambda_attn.h"
+
+namespace lminf::cuda {
+
+constexpr int kGlobalN = 16;  // keys of a far or near tile: n_global is 4 to 16 in practice
+constexpr int kStages = 2;
+
+// Tile sizes. Wanted: 32 rows a warp, so that a key fragment read from shared memory feeds two mma
+// (shared memory keeps up with the tensor cores at a half of its rate); no spill at 255 registers,
+// of which accumulators take kBlockM / kWarps * (D + kBlockN) / 32; two blocks an SM of sm_90, one
+// of every sm_8x, whose smallest shared memory is 99 KiB.
+//   D     M    N   accumulators  shared memory
+//   64   128   64      128          48 KiB
+//   80   128   64      144          60 KiB
+//   96   128   64      160          72 KiB
+//   128  128   48      176          80 KiB   (64 spills; 48 also leaves room for two on sm_80)
+//   256   64   32      144          96 KiB
+template <int kHeadDim>
+struct TileSizes {
+  static constexpr int kBlockM = 128, kBlockN = 64;
+};
+template <>
+struct TileSizes<128> {
+  static constexpr int kBlockM = 128, kBlockN = 48;
+};
+template <>
+struct TileSizes<256> {
+  static constexpr int kBlockM = 64, kBlockN = 32;
+};
+
+// What every thread of a block needs to know now and then, in shared memory: registers are scarce.
+template <typename T>
+struct BlockPlan {
+  QueryTile tile;
+  BranchPlan<T> branches[kBranches];
+};
+
+template <typename T, int kHeadDim_>
+struct AttnTraits {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = TileSizes<kHeadDim>::kBlockM;
+  static constexpr int kBlockN = TileSizes<kHeadDim>::kBlockN;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kWarpRows = kBlockM / kWarps;
+  static constexpr int kRowTiles = kWarpRows / 16;  // mma tiles of a warp's rows
+  using QTile = SharedTile<T, kBlockM, kHeadDim>;
+  using KeyTile = SharedTile<T, kBlockN, kHeadDim>;
+  static constexpr int kPlanBytes = 640;
+  static constexpr int kSharedBytes = QTile::kBytes + 2 * kStages * KeyTile::kBytes + kPlanBytes;
+  static_assert(sizeof(BlockPlan<T>) <= kPlanBytes, "the plan fits");
+  static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
+};
+
+// The rows of a tile of queries against a tile of keys.
+struct QueryRows {
+  const ScoreParams& params;
+  float slope;
+  const Branch& branch;
+  int64_t first_query;   // position of the warp's first row
+  int64_t key_position;  // position of the tile's first key
+  int64_t max_distance;
+  int keys;
+
+  LMINF_DEVICE Scoring scoring() const { return Scoring(params); }
+  LMINF_DEVICE float score(float product, int, int row, int column) const {
+    const float corner = static_cast<float>(first_query - key_position);
+    return scoring().score<false>(
+        product, slope,
+        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)));
+  }
+  LMINF_DEVICE ColumnRange columns(int row) const {
+    return visible_columns(branch, first_query + row, key_position, keys);
+  }
+};
+
+template <typename Traits, int kKeys>
+LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, int64_t position,
+                             int head_dim, typename Traits::KeyTile k_tile,
+                             typename Traits::KeyTile v_tile) {
+  using Tile = typename Traits::KeyTile;
+  constexpr int kPieces = kKeys * Tile::kChunks;
+#pragma unroll
+  for (int piece = recomputed(static_cast<int>(threadIdx.x)); piece < kPieces;
+       piece += Traits::kThreads) {
+    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+    const int64_t j = position + row;
+    const bool there =
+        j >= plan.visible.lo && j < plan.visible.hi && chunk * Tile::kChunk < head_dim;
+    const int64_t k_offset = (j - plan.k_origin) * plan.k_stride + chunk * Tile::kChunk;
+    const int64_t v_offset = (j - plan.v_origin) * plan.v_stride + chunk * Tile::kChunk;
+    ptx::copy_async(k_tile.address(row, chunk), there ? plan.k + k_offset : plan.k, there);
+    ptx::copy_async(v_tile.address(row, chunk), there ? plan.v + v_offset : plan.v, there);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    lambda_attn_sm80_kernel(const AttnSources sources) {
+  using T = typename Traits::Element;
+  using QTile = typename Traits::QTile;
+  using KeyTile = typename Traits::KeyTile;
+  using State = WarpState<Traits::kHeadDim, Traits::kRowTiles>;
+  const LambdaAttnParams& p = sources.p;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarpSize;
+  const int warp_row = thread / kWarpSize * Traits::kWarpRows;
+  const int head_dim = static_cast<int>(p.head_dim);
+
+  // --- Shared memory: Q, then K and V of each stage, then the plan ---
+  const QTile q_tile(0);
+  auto k_stage = [](int visit) {
+    return KeyTile(QTile::kBytes + visit % kStages * 2 * KeyTile::kBytes);
+  };
+  auto v_stage = [](int visit) {
+    return KeyTile(QTile::kBytes + (visit % kStages * 2 + 1) * KeyTile::kBytes);
+  };
+  const SharedArray<BlockPlan<T>> block(
+      shared_memory() + QTile::kBytes + 2 * kStages * KeyTile::kBytes, 1);
+
+  // --- Which tiles of which branch ---
+  if (thread < kBranches) {
+    const QueryTile tile = query_tile(sources, blockIdx.x, Traits::kBlockM);
+    if (thread == 0) block[0].tile = tile;
+    block[0].branches[thread] =
+        branch_plan<T>(sources, tile, thread, thread == kWindow ? Traits::kBlockN : kGlobalN);
+  }
+  __syncthreads();
+  if (block[0].tile.rows <= 0) return;
+  auto visits_of = [&](int branch) {
+    const TileRanges& tiles = block[0].branches[branch].tiles;
+    return static_cast<int>(tiles.end - tiles.begin);
+  };
+  const int far_end = visits_of(kFar);
+  const int near_end = far_end + visits_of(kNear);
+  const int visits = near_end + visits_of(kWindow);
+  auto branch_of = [&](int visit) -> const BranchPlan<T>& {
+    return block[0].branches[visit < far_end ? kFar : visit < near_end ? kNear : kWindow];
+  };
+  auto tile_of = [&](int visit) {
+    const int first = visit < far_end ? 0 : visit < near_end ? far_end : near_end;
+    return branch_of(visit).tiles.begin + visit - first;
+  };
+  auto issue = [&](int visit) {
+    const BranchPlan<T>& plan = branch_of(visit);
+    if (visit < near_end) {
+      issue_tile<Traits, kGlobalN>(plan, plan.origin + tile_of(visit) * kGlobalN, head_dim,
+                                   k_stage(visit), v_stage(visit));
+    } else {
+      issue_tile<Traits, Traits::kBlockN>(plan, plan.origin + tile_of(visit) * Traits::kBlockN,
+                                          head_dim, k_stage(visit), v_stage(visit));
+    }
+  };
+
+  // --- Q and the first tile of keys ---
+  if (visits > 0) {
+    const QueryTile& tile = block[0].tile;
+    const T* q = static_cast<const T*>(p.q) + tile.batch * p.q_stride.batch +
+                 tile.head * p.q_stride.head + tile.first_row * p.q_stride.seq;
+#pragma unroll 4
+    for (int piece = thread; piece < Traits::kBlockM * QTile::kChunks; piece += Traits::kThreads) {
+      const int row = piece / QTile::kChunks, chunk = piece % QTile::kChunks;
+      const bool there = row < tile.rows && chunk * QTile::kChunk < head_dim;
+      ptx::copy_async(q_tile.address(row, chunk),
+                      there ? q + row * p.q_stride.seq + chunk * QTile::kChunk : q, there);
+    }
+    issue(0);
+    ptx::copy_async_commit();
+  }
+
+  // --- Far, near and window tiles, the next one always under way ---
+  State state;
+  const float slope = alibi_slope(p.score, block[0].tile.head);
+  for (int visit = 0; visit < visits; ++visit) {
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // this tile is everybody's, and everybody has left the one before it
+    if (visit + 1 < visits) issue(visit + 1);
+    ptx::copy_async_commit();
+
+    const int64_t first_query = block[0].tile.positions.lo + recomputed(warp_row);
+    if (visit == far_end && p.rope.rotary_dim > 0) {
+      rotate_tile_rows(q_tile, p.rope, warp_row, Traits::kWarpRows, first_query, -kUnbounded, lane);
+      __syncwarp();
+    }
+    const BranchPlan<T>& plan = branch_of(visit);
+    const int64_t index = tile_of(visit);
+    const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
+    const QueryRows rows{
+        p.score, slope, plan.branch, first_query, plan.origin + index * keys, p.max_distance, keys};
+    const bool full = plan.tiles.full(index);
+    if (visit < near_end) {
+      attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);
+    } else {
+      attend<Traits::kBlockN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit),
+                              lane);
+    }
+  }
+  ptx::copy_async_wait<0>();
+
+  // --- Normalise; out through the warp's own rows of Q's tile, lse directly ---
+  const QueryTile tile = block[0].tile;
+  const bool has_sink = p.score.sink_logits != nullptr;
+  const float sink = has_sink ? load_global(p.score.sink_logits + tile.head) : 0.0f;
+  __syncwarp();  // the last reads of Q
+#pragma unroll
+  for (int r = 0; r < State::kRows; ++r) {
+    const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
+    const int row = warp_row + State::row_index(r, lane);
+    if (lane % 4 == 0 && row < tile.rows) {
+      store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
+                   end.lse);
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      const float* pair = &state.out[r / 2][n][2 * (r % 2)];
+      q_tile.pair(row, 8 * n + 2 * (lane % 4)) =
+          pack<T>(pair[0] * end.out_scale, pair[1] * end.out_scale);
+    }
+  }
+  __syncwarp();
+  T* out = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
+           tile.head * p.out_stride.head + tile.first_row * p.out_stride.seq;
+  for (int piece = lane; piece < Traits::kWarpRows * QTile::kChunks; piece += kWarpSize) {
+    const int row = warp_row + piece / QTile::kChunks, chunk = piece % QTile::kChunks;
+    if (row < tile.rows && chunk * QTile::kChunk < head_dim) {
+      store_global(reinterpret_cast<Chunk*>(out + row * p.out_stride.seq + chunk * QTile::kChunk),
+                   q_tile.chunk(row, chunk));
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+void run_lambda_attn_sm80(AttnSources sources, Stream stream) {
+  using Traits = AttnTraits<T, kHeadDim>;
+  sources.query_tiles = query_tiles(sources.p, Traits::kBlockM);
+  launch("lambda_attn_sm80", lambda_attn_sm80_kernel<Traits>,
+         {sources.query_tiles * sources.p.heads_q * sources.p.batch, Traits::kThreads,
+          Traits::kSharedBytes},
+         stream, sources);
+}
+
+// A head dim without a kernel of its own runs in the next larger one, its missing columns zero.
+template <typename T>
+void run_lambda_attn_sm80(const AttnSources& sources, Stream stream) {
+  const int64_t d = sources.p.head_dim;
+  if (d <= 64) return run_lambda_attn_sm80<T, 64>(sources, stream);
+  if (d <= 80) return run_lambda_attn_sm80<T, 80>(sources, stream);
+  if (d <= 96) return run_lambda_attn_sm80<T, 96>(sources, stream);
+  if (d <= 128) return run_lambda_attn_sm80<T, 128>(sources, stream);
+  if (d <= 256) return run_lambda_attn_sm80<T, 256>(sources, stream);
+  throw std::invalid_argument("lambda_attn: head dim " + std::to_string(d) +
+                              " on CUDA, but at most 256 is built");
+}
+
+}  // namespace lminf::cuda

@@ -1,0 +1,102 @@
+// What the decode kernels share: how a row's keys are cut into splits, and where partial results
+// meet.
+//
+// The keys of a row at position p, in the order they are walked:
+//   global  positions of global_k at distance >= window, un-rotated; key j is met as if at
+//           max(j, p - max_distance), which gives it the distance min(p - j, max_distance)
+//   window  the last `window` positions, in the ring, rotated; the newest is the token itself
+#pragma once
+
+#include "../core/lambda_mask.h"
+#include "../core/online_softmax.h"
+#include "device.cuh"
+#include "launchers.h"
+
+namespace lminf::cuda {
+
+constexpr int kDecodeRows = 16;      // query heads of one key head in one tile
+constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
+
+struct DecodeLaunch {
+  LambdaDecodeParams p;
+  int64_t splits = 1;
+  int64_t head_tiles = 1;                 // tiles of kDecodeRows query heads per key head
+  float* partial_out = nullptr;           // [B, Hq, splits, D] not yet divided by the sum
+  SoftmaxState* partial_state = nullptr;  // [B, Hq, splits]
+};
+
+// One block's share.
+struct DecodeBlock {
+  int64_t batch, kv_head, head_tile, split;
+  int64_t position;       // of the new token; negative: the row is idle
+  Range globals, window;  // positions of its visible keys
+  int64_t global_tiles;
+  Range tiles;   // this split's; global tiles come first
+  bool appends;  // writes the new token's slots
+};
+
+LMINF_DEVICE DecodeBlock decode_block(const DecodeLaunch& l, int64_t block) {
+  const LambdaDecodeParams& p = l.p;
+  DecodeBlock d;
+  d.split = block % l.splits;
+  block /= l.splits;
+  d.head_tile = block % l.head_tiles;
+  block /= l.head_tiles;
+  d.kv_head = block % p.heads_kv;
+  d.batch = block / p.heads_kv;
+  d.position = load_global(p.positions + d.batch);
+  d.globals = d.window = d.tiles = {0, 0};
+  d.global_tiles = 0;
+  d.appends = false;
+  if (d.position < 0) return d;
+  const Range self = {d.position, d.position + 1};
+  // Every global key past the window, whatever its distance: near and far meet here as one.
+  const Branch globals = near_branch({0, p.n_global}, p.n_global, p.window, kUnbounded);
+  if (!globals.empty()) d.globals = globals.visible_keys(self);
+  if (d.globals.empty()) d.globals = {0, 0};
+  d.window = window_branch({0, d.position + 1}, p.window).visible_keys(self);
+  d.global_tiles = ceil_div(d.globals.hi - d.globals.lo, kDecodeTileKeys);
+  const int64_t tiles = d.global_tiles + ceil_div(d.window.hi - d.window.lo, kDecodeTileKeys);
+  d.tiles = {tiles * d.split / l.splits, tiles * (d.split + 1) / l.splits};
+  d.appends = d.split == l.splits - 1 && d.head_tile == 0;
+  return d;
+}
+
+// A tile of keys: `keys` of them from position `first` on.
+struct DecodeTile {
+  bool global;
+  int64_t first;
+  int keys;
+};
+
+LMINF_DEVICE DecodeTile decode_tile(const DecodeBlock& d, int64_t tile) {
+  const bool global = tile < d.global_tiles;
+  const Range& range = global ? d.globals : d.window;
+  const int64_t first = range.lo + (global ? tile : tile - d.global_tiles) * kDecodeTileKeys;
+  return {global, first, static_cast<int>(min64(kDecodeTileKeys, range.hi - first))};
+}
+
+// One query head's result over this block's keys: final when there is one split, else partial.
+// Element `dim` of `out` is not yet divided by the sum.
+template <typename T>
+LMINF_DEVICE void store_decoded(const DecodeLaunch& l, const DecodeBlock& d, int64_t head, int dim,
+                                float out, SoftmaxState state) {
+  const LambdaDecodeParams& p = l.p;
+  const int64_t row = d.batch * p.heads_q + head;
+  if (l.splits > 1) {
+    store_global(l.partial_out + (row * l.splits + d.split) * p.head_dim + dim, out);
+    if (dim == 0) store_global(l.partial_state + row * l.splits + d.split, state);
+    return;
+  }
+  const bool has_sink = p.score.sink_logits != nullptr;
+  const SoftmaxEnd end =
+      finish(state, has_sink, has_sink ? load_global(p.score.sink_logits + head) : 0.0f);
+  T* out_row = static_cast<T*>(p.out) + d.batch * p.out_stride.batch + head * p.out_stride.head;
+  store_global(out_row + dim, from_float<T>(out * end.out_scale));
+  if (dim == 0) store_global(p.lse + row, end.lse);
+}
+
+void lambda_decode_sm80(const DecodeLaunch& launch, Stream stream);
+void lambda_decode_plain(const DecodeLaunch& launch, Stream stream);
+
+}  // namespace lminf::cuda

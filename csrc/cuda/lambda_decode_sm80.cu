@@ -1,0 +1,279 @@
+// Decoding one token of each row over the fixed cache, on tensor cores.
+//
+//   q' = R(p) q,  k' = R(p) k;  ring[p % C] = k', global[p] = k when p < G
+//   out = softmax(score(<q', ring>), score(<q', R(max(j, p - L)) global_j>)) V,   L = max_distance
+//
+// Schedule: a block takes one row, one key head with up to 16 of its query heads packed into one
+// tile (each key is read once for all of them), and one split of the keys. Its warps take 16 keys
+// at a time, each with its own two stages of shared memory and its own softmax, so that the loop
+// has no block barrier. At the end the warps' results are merged, and the splits' by a second
+// kernel. The new token is put into its tile from shared memory: nobody reads the slots being
+// written.
+#include "attend.cuh"
+#include "lambda_decode.h"
+
+namespace lminf::cuda {
+namespace {
+
+constexpr int kStages = 2;
+
+// Accumulators take head dim / 2 registers; shared memory is 68 KiB at 128, three blocks an SM of
+// sm_90.
+template <typename T, int kHeadDim_>
+struct DecodeTraits {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  using QTile = SharedTile<T, kDecodeRows, kHeadDim>;
+  using NewTile = SharedTile<T, 2, kHeadDim>;  // the new token's key and value
+  using KeyTile = SharedTile<T, kDecodeTileKeys, kHeadDim>;
+  static constexpr int kNewStart = QTile::kBytes;
+  static constexpr int kStageStart = kNewStart + NewTile::kBytes;
+  static constexpr int kWarpBytes = kStages * 2 * KeyTile::kBytes;
+  static constexpr int kMergeStart = kStageStart + kWarps * kWarpBytes;
+  static constexpr int kMergeBytes = kWarps * kDecodeRows * static_cast<int>(sizeof(SoftmaxState));
+  static constexpr int kSharedBytes = kMergeStart + kMergeBytes;
+  // A warp's result takes the place of its stages.
+  static_assert(kDecodeRows * kHeadDim * 4 <= kWarpBytes, "room for the warp's float32 result");
+};
+
+// The query heads of a tile, all at one position, against a tile of keys.
+struct DecodeRows {
+  Scoring shared_scoring;
+  float slopes[2];   // of this lane's rows
+  int64_t distance;  // to the tile's first key
+  int64_t max_distance;
+  int keys;
+
+  LMINF_DEVICE const Scoring& scoring() const { return shared_scoring; }
+  LMINF_DEVICE float score(float product, int r, int, int column) const {
+    return shared_scoring.score<false>(
+        product, slopes[r],
+        clamped_distance_in_tile(static_cast<float>(distance), 0, column,
+                                 static_cast<float>(max_distance)));
+  }
+  LMINF_DEVICE ColumnRange columns(int) const { return {0, keys}; }
+};
+
+// Starts the copy of a tile, by one warp. The new token's row is left zero.
+template <typename Traits>
+LMINF_DEVICE void issue_tile(const DecodeLaunch& l, const DecodeBlock& d, const DecodeTile& tile,
+                             typename Traits::KeyTile k_tile, typename Traits::KeyTile v_tile,
+                             int lane) {
+  using T = typename Traits::Element;
+  using Tile = typename Traits::KeyTile;
+  const LambdaDecodeParams& p = l.p;
+  const Strides& k_stride = tile.global ? p.global_k_stride : p.ring_k_stride;
+  const Strides& v_stride = tile.global ? p.global_v_stride : p.ring_v_stride;
+  const T* k = static_cast<const T*>(tile.global ? p.global_k : p.ring_k) +
+               d.batch * k_stride.batch + d.kv_head * k_stride.head;
+  const T* v = static_cast<const T*>(tile.global ? p.global_v : p.ring_v) +
+               d.batch * v_stride.batch + d.kv_head * v_stride.head;
+  const int64_t first_slot = tile.global ? tile.first : tile.first % p.capacity;
+  const int64_t slots = tile.global ? p.n_global : p.capacity;
+#pragma unroll 4
+  for (int piece = lane; piece < kDecodeTileKeys * Tile::kChunks; piece += kWarpSize) {
+    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+    const bool there =
+        row < tile.keys && tile.first + row != d.position && chunk * Tile::kChunk < p.head_dim;
+    const int64_t slot = first_slot + row < slots ? first_slot + row : first_slot + row - slots;
+    ptx::copy_async(k_tile.address(row, chunk),
+                    there ? k + slot * k_stride.seq + chunk * Tile::kChunk : k, there);
+    ptx::copy_async(v_tile.address(row, chunk),
+                    there ? v + slot * v_stride.seq + chunk * Tile::kChunk : v, there);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    lambda_decode_sm80_kernel(const DecodeLaunch l) {
+  using T = typename Traits::Element;
+  using KeyTile = typename Traits::KeyTile;
+  using QTile = typename Traits::QTile;
+  using NewTile = typename Traits::NewTile;
+  constexpr int kChunks = QTile::kChunks, kChunk = QTile::kChunk;
+  const LambdaDecodeParams& p = l.p;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const DecodeBlock d = decode_block(l, blockIdx.x);
+  const int64_t group = p.heads_q / p.heads_kv;
+  const int64_t first_head = d.kv_head * group + d.head_tile * kDecodeRows;
+  const int heads = static_cast<int>(min64(kDecodeRows, group - d.head_tile * kDecodeRows));
+
+  const QTile q_tile(0);
+  const NewTile new_tile(Traits::kNewStart);
+  const int warp_start = Traits::kStageStart + warp * Traits::kWarpBytes;
+  auto k_stage = [&](int64_t i) {
+    return KeyTile(warp_start + static_cast<int>(i % kStages) * 2 * KeyTile::kBytes);
+  };
+  auto v_stage = [&](int64_t i) {
+    return KeyTile(warp_start + (static_cast<int>(i % kStages) * 2 + 1) * KeyTile::kBytes);
+  };
+
+  // --- The first keys are under way before anything else ---
+  auto tile_at = [&](int64_t i) { return decode_tile(d, d.tiles.lo + warp + i * Traits::kWarps); };
+  const int64_t rounds =
+      max64(0, ceil_div(d.tiles.hi - d.tiles.lo - warp, Traits::kWarps));  // this warp's
+  if (rounds > 0) issue_tile<Traits>(l, d, tile_at(0), k_stage(0), v_stage(0), lane);
+  ptx::copy_async_commit();
+
+  // --- q and the new token, rotated; the token is written to its slots ---
+  if (d.position >= 0) {
+    const T* q =
+        static_cast<const T*>(p.q) + d.batch * p.q_stride.batch + first_head * p.q_stride.head;
+    const T* k =
+        static_cast<const T*>(p.k) + d.batch * p.k_stride.batch + d.kv_head * p.k_stride.head;
+    const T* v =
+        static_cast<const T*>(p.v) + d.batch * p.v_stride.batch + d.kv_head * p.v_stride.head;
+    for (int i = thread; i < (kDecodeRows + 2) * kChunks; i += Traits::kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const bool is_query = row < kDecodeRows;
+      const T* source = is_query ? q + row * p.q_stride.head : row == kDecodeRows ? k : v;
+      Chunk data = {{0, 0, 0, 0}};
+      if ((!is_query || row < heads) && chunk * kChunk < p.head_dim) {
+        data = load_global(reinterpret_cast<const Chunk*>(source + chunk * kChunk));
+      }
+      if (is_query) {
+        q_tile.chunk(row, chunk) = data;
+      } else {
+        new_tile.chunk(row - kDecodeRows, chunk) = data;
+        if (d.appends && d.position < p.n_global && chunk * kChunk < p.head_dim) {
+          const bool is_key = row == kDecodeRows;
+          const Strides& s = is_key ? p.global_k_stride : p.global_v_stride;
+          T* slot = static_cast<T*>(is_key ? p.global_k : p.global_v) + d.batch * s.batch +
+                    d.kv_head * s.head + d.position * s.seq;
+          store_global(reinterpret_cast<Chunk*>(slot + chunk * kChunk), data);
+        }
+      }
+    }
+    __syncthreads();
+    if (p.rope.rotary_dim > 0) {
+      // All rows at the token's position: a first position so low never steps.
+      const int rows = kDecodeRows / Traits::kWarps;
+      rotate_tile_rows(q_tile, p.rope, warp * rows, rows, d.position - kDecodeRows, d.position,
+                       lane);
+      if (warp == 0) rotate_tile_rows(new_tile, p.rope, 0, 1, d.position, d.position, lane);
+    }
+    __syncthreads();
+    if (d.appends) {
+      const int64_t slot = d.position % p.capacity;
+      for (int i = thread; i < 2 * kChunks; i += Traits::kThreads) {
+        const bool is_key = i < kChunks;
+        const int chunk = i % kChunks;
+        const Strides& s = is_key ? p.ring_k_stride : p.ring_v_stride;
+        T* row = static_cast<T*>(is_key ? p.ring_k : p.ring_v) + d.batch * s.batch +
+                 d.kv_head * s.head + slot * s.seq;
+        if (chunk * kChunk < p.head_dim) {
+          store_global(reinterpret_cast<Chunk*>(row + chunk * kChunk),
+                       new_tile.chunk(is_key ? 0 : 1, chunk));
+        }
+      }
+    }
+  }
+
+  // --- This warp's tiles, the next one always under way ---
+  WarpState<Traits::kHeadDim, 1> state;
+  const Scoring scoring(p.score);
+  const int row_head = lane / 4;
+  const float slopes[2] = {
+      row_head < heads ? alibi_slope(p.score, first_head + row_head) : 0.0f,
+      row_head + 8 < heads ? alibi_slope(p.score, first_head + row_head + 8) : 0.0f};
+  for (int64_t i = 0; i < rounds; ++i) {
+    const DecodeTile tile = tile_at(i);
+    __syncwarp();  // everybody has left the stage about to be filled
+    if (i + 1 < rounds)
+      issue_tile<Traits>(l, d, tile_at(i + 1), k_stage(i + 1), v_stage(i + 1), lane);
+    ptx::copy_async_commit();
+    ptx::copy_async_wait<1>();
+    __syncwarp();
+    const int64_t own_row = d.position - tile.first;
+    if (tile.global) {
+      if (p.rope.rotary_dim > 0) {
+        rotate_tile_rows(k_stage(i), p.rope, 0, tile.keys, tile.first,
+                         d.position - min64(p.max_distance, kUnbounded), lane);
+        __syncwarp();
+      }
+    } else if (own_row < tile.keys) {
+      for (int chunk = lane; chunk < kChunks; chunk += kWarpSize) {
+        k_stage(i).chunk(static_cast<int>(own_row), chunk) = new_tile.chunk(0, chunk);
+        v_stage(i).chunk(static_cast<int>(own_row), chunk) = new_tile.chunk(1, chunk);
+      }
+      __syncwarp();
+    }
+    const DecodeRows rows{
+        scoring, {slopes[0], slopes[1]}, d.position - tile.first, p.max_distance, tile.keys};
+    attend<kDecodeTileKeys>(state, rows, tile.keys == kDecodeTileKeys, q_tile, 0, k_stage(i),
+                            v_stage(i), lane);
+  }
+  ptx::copy_async_wait<0>();
+  __syncwarp();
+
+  // --- Merge the warps ---
+  const SharedArray<SoftmaxState> states(shared_memory() + Traits::kMergeStart,
+                                         Traits::kWarps * kDecodeRows);
+  auto outs = [&](int of_warp) {
+    return SharedArray<float>(shared_memory() + Traits::kStageStart + of_warp * Traits::kWarpBytes,
+                              kDecodeRows * Traits::kHeadDim);
+  };
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    const SoftmaxState total = state.row(r);
+    if (lane % 4 == 0) states[warp * kDecodeRows + row] = total;
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      for (int e = 0; e < 2; ++e) {
+        outs(warp)[row * Traits::kHeadDim + 8 * n + 2 * (lane % 4) + e] =
+            state.out[0][n][2 * r + e];
+      }
+    }
+  }
+  __syncthreads();
+  const int head_dim = static_cast<int>(p.head_dim);
+  for (int i = thread; i < heads * head_dim; i += Traits::kThreads) {
+    const int row = i / head_dim, dim = i % head_dim;
+    SoftmaxState total = empty_softmax();
+    float out = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      const SoftmaxMerge both = merge(total, states[w * kDecodeRows + row]);
+      out = out * both.weight_a + outs(w)[row * Traits::kHeadDim + dim] * both.weight_b;
+      total = both.state;
+    }
+    store_decoded<T>(l, d, first_head + row, dim, out, total);
+  }
+}
+
+template <typename T, int kHeadDim>
+void run(const DecodeLaunch& l, Stream stream) {
+  using Traits = DecodeTraits<T, kHeadDim>;
+  launch(
+      "lambda_decode_sm80", lambda_decode_sm80_kernel<Traits>,
+      {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, Traits::kThreads, Traits::kSharedBytes},
+      stream, l);
+}
+
+// A head dim in between runs in the next larger kernel; columns it lacks are neither read nor
+// written.
+template <typename T>
+void run(const DecodeLaunch& l, Stream stream) {
+  const int64_t d = l.p.head_dim;
+  if (d <= 64) return run<T, 64>(l, stream);
+  if (d <= 128) return run<T, 128>(l, stream);
+  if (d <= 256) return run<T, 256>(l, stream);
+  throw std::invalid_argument("lambda_decode: head dim " + std::to_string(d) +
+                              " on tensor cores, but at most 256 is built");
+}
+
+}  // namespace
+
+void lambda_decode_sm80(const DecodeLaunch& launch, Stream stream) {
+  if (launch.p.dtype == DType::kBFloat16) {
+    run<bf16>(launch, stream);
+  } else {
+    run<fp16>(launch, stream);
+  }
+}
+
+}  // namespace lminf::cuda

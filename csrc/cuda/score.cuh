@@ -1,0 +1,69 @@
+// Scores of visible pairs: scale, ALiBi and softcap in the definition's order, in units of log2.
+#pragma once
+
+#include "../core/lambda_mask.h"
+#include "../core/online_softmax.h"
+#include "device.cuh"
+#include "ptx_sm80.cuh"
+
+namespace lminf::cuda {
+
+// tanh by one exponential: its absolute error of 1e-7 is far below a 16-bit score's.
+LMINF_DEVICE float fast_tanh(float x) {
+  const float e = ptx::exp2_approx(2.0f * kLog2e * x);
+#if defined(LMINF_EMULATION)
+  return 1.0f - 2.0f / (e + 1.0f);
+#else
+  return 1.0f - __fdividef(2.0f, e + 1.0f);
+#endif
+}
+
+// What a kernel does to a product <q, k>.
+struct Scoring {
+  float scale, softcap;
+  bool alibi;
+
+  LMINF_DEVICE explicit Scoring(const ScoreParams& p)
+      : scale(p.scale), softcap(p.softcap), alibi(p.alibi_slopes != nullptr) {}
+
+  // Nothing but a positive factor, which leaves the order of scores alone: then it is folded into
+  // the exponent, and products stay as they are.
+  LMINF_DEVICE bool only_scales() const { return softcap == 0.0f && !alibi && scale > 0.0f; }
+
+  LMINF_DEVICE float exponent_unit() const { return only_scales() ? scale * kLog2e : 1.0f; }
+
+  // The whole score times log2(e), when there is more than a factor. `distance` is clamped.
+  template <bool kExact>
+  LMINF_DEVICE float score(float product, float slope, float distance) const {
+    float s = product * scale;
+    if (alibi) s -= slope * distance;
+    if (softcap != 0.0f) {
+      s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(s / softcap));
+    }
+    return s * kLog2e;
+  }
+};
+
+LMINF_DEVICE float alibi_slope(const ScoreParams& p, int64_t head) {
+  return p.alibi_slopes != nullptr ? load_global(p.alibi_slopes + head) : 0.0f;
+}
+
+// core's clamped_distance from row to column of a tile whose corner is at distance `corner`, in
+// float32: as right as a product with a slope can be, and a register where an int64_t takes two.
+LMINF_DEVICE float clamped_distance_in_tile(float corner, int row, int column, float max_distance) {
+  return fminf(corner + static_cast<float>(row - column), max_distance);
+}
+
+// Columns of a key tile, relative to its first, that the query at position i sees.
+struct ColumnRange {
+  int lo, hi;
+};
+
+LMINF_DEVICE ColumnRange visible_columns(const Branch& branch, int64_t i, int64_t first_position,
+                                         int columns) {
+  const Range keys = branch.visible_keys({i, i + 1});
+  return {static_cast<int>(min64(max64(keys.lo - first_position, 0), columns)),
+          static_cast<int>(min64(max64(keys.hi - first_position, 0), columns))};
+}
+
+}  // namespace lminf::cuda

@@ -1,0 +1,92 @@
+// A tile of 16-bit elements in shared memory, its 16-byte chunks swizzled so that the eight rows an
+// ldmatrix reads at one column stand in eight different bank groups.
+#pragma once
+
+#include "device.cuh"
+#include "ptx_sm80.cuh"
+#include "rotary.cuh"
+
+namespace lminf::cuda {
+
+template <typename T, int kRows_, int kDim_>
+class SharedTile {
+ public:
+  using Element = T;
+  static constexpr int kRows = kRows_;
+  static constexpr int kDim = kDim_;
+  static constexpr int kChunk = kChunkElements<T>;  // 8
+  static constexpr int kChunks = kDim / kChunk;     // of a row
+  static constexpr int kBytes = kRows * kDim * static_cast<int>(sizeof(T));
+  static_assert(sizeof(T) == 2 && kDim % 16 == 0, "16-bit elements, whole mma steps");
+
+  // `start`: in bytes from the start of the block's shared memory. A tile costs one register.
+  LMINF_DEVICE explicit SharedTile(int start) : start_(start) {}
+
+  // Shared address of a chunk.
+  LMINF_DEVICE uint32_t address(int row, int chunk) const {
+    return shared_address(shared_memory()) + static_cast<uint32_t>(start_ + offset(row, chunk));
+  }
+
+  LMINF_DEVICE T& element(int row, int dim) const {
+    return reinterpret_cast<T*>(shared_memory() + start_ + offset(row, dim / kChunk))[dim % kChunk];
+  }
+
+  // Two neighbours, the first at an even dim.
+  LMINF_DEVICE uint32_t& pair(int row, int dim) const {
+    return *reinterpret_cast<uint32_t*>(&element(row, dim));
+  }
+
+  LMINF_DEVICE Chunk& chunk(int row, int chunk) const {
+    return *reinterpret_cast<Chunk*>(shared_memory() + start_ + offset(row, chunk));
+  }
+
+ private:
+  // Rows of 128 bytes start in the same bank: eight chunks trade places by row. Rows of 64 (mod
+  // 128) bytes do so every second row, of 32 every fourth.
+  LMINF_DEVICE static int swizzled(int row, int chunk) {
+    if constexpr (kChunks % 8 == 0) {
+      return chunk ^ (row & 7);
+    } else if constexpr (kChunks % 4 == 0) {
+      return chunk ^ ((row >> 1) & 3);
+    } else {
+      return chunk ^ ((row >> 2) & 1);
+    }
+  }
+
+  LMINF_DEVICE static int offset(int row, int chunk) {
+#if defined(LMINF_EMULATION)
+    if (row < 0 || row >= kRows) emulation::index_fault("shared tile row", row, kRows);
+    if (chunk < 0 || chunk >= kChunks) emulation::index_fault("shared tile chunk", chunk, kChunks);
+#endif
+    return (row * kChunks + swizzled(row, chunk)) * 16;
+  }
+
+  int start_;
+};
+
+// Rotates rows [first_row, first_row + rows) of a tile in place, by a whole warp that alone uses
+// them. Row r of them stands at max(first_position + r, least_position). A lane owns pairs: it
+// reduces one angle and steps it from row to row, which over 32 rows drifts by 2e-6 rad.
+template <typename Tile>
+LMINF_DEVICE void rotate_tile_rows(const Tile& tile, const RopeParams& rope, int first_row,
+                                   int rows, int64_t first_position, int64_t least_position,
+                                   int lane) {
+  using T = typename Tile::Element;
+  for (int t = lane; t < rope.rotary_dim / 2; t += kWarpSize) {
+    const double frequency = load_frequency(rope, t);
+    const PairDims dims = pair_dims(t, rope.rotary_dim, rope.interleaved);
+    const CosSin step = rotation(1, frequency);
+    CosSin angle = rotation(max64(first_position, least_position), frequency);
+    for (int r = 0; r < rows; ++r) {
+      T& first = tile.element(first_row + r, dims.first);
+      T& second = tile.element(first_row + r, dims.second);
+      float a = to_float(first), b = to_float(second);
+      rotate_pair(angle, a, b);
+      first = from_float<T>(a * rope.scaling);
+      second = from_float<T>(b * rope.scaling);
+      if (first_position + r >= least_position) angle = compose(angle, step);
+    }
+  }
+}
+
+}  // namespace lminf::cuda

@@ -1,0 +1,232 @@
+// The emulated kernels as a Python module, for tests only. A function takes one dict: tensors by
+// the names of csrc/params.h (anything with torch's data_ptr, shape, stride and element_size),
+// numbers by theirs. Every tensor is registered, so that an access outside all of them is a fault.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/launchers.h"
+#include "../params.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+
+namespace lminf::emulation {
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+class Arguments {
+ public:
+  explicit Arguments(py::dict values) : values_(std::move(values)) { clear_globals(); }
+  ~Arguments() { clear_globals(); }
+
+  bool has(const char* name) const { return values_.contains(name) && !values_[name].is_none(); }
+
+  template <typename T>
+  T number(const char* name) const {
+    return values_[name].cast<T>();
+  }
+
+  // The tensor's memory, null for None.
+  void* pointer(const char* name) const {
+    if (!has(name)) return nullptr;
+    const py::object tensor = values_[name];
+    const auto address = tensor.attr("data_ptr")().cast<uintptr_t>();
+    const auto shape = tensor.attr("shape").cast<std::vector<int64_t>>();
+    const auto stride = tensor.attr("stride")().cast<std::vector<int64_t>>();
+    int64_t elements = 1;
+    for (size_t i = 0; i < shape.size(); ++i) {
+      if (shape[i] == 0) return nullptr;
+      elements += (shape[i] - 1) * stride[i];
+    }
+    void* memory = reinterpret_cast<void*>(address);
+    register_global(memory, elements * tensor.attr("element_size")().cast<int64_t>(), name);
+    return memory;
+  }
+
+  Strides strides(const char* name) const {
+    if (!has(name)) return {};
+    const auto s = values_[name].attr("stride")().cast<std::vector<int64_t>>();
+    return {s[0], s[1], s[2]};
+  }
+
+  DType dtype(const char* name) const {
+    const std::string type = py::str(values_[name].attr("dtype"));
+    if (type == "torch.float32") return DType::kFloat32;
+    if (type == "torch.bfloat16") return DType::kBFloat16;
+    if (type == "torch.float16") return DType::kFloat16;
+    throw std::invalid_argument(std::string(name) + " has dtype " + type);
+  }
+
+  RopeParams rope() const {
+    RopeParams r;
+    if (!has("inv_freq")) return r;
+    r.inv_freq = pointer("inv_freq");
+    r.inv_freq_is_double = values_["inv_freq"].attr("element_size")().cast<int>() == 8;
+    r.interleaved = number<bool>("rope_interleaved");
+    r.rotary_dim = 2 * values_["inv_freq"].attr("shape").cast<std::vector<int32_t>>()[0];
+    r.scaling = number<float>("rope_scaling");
+    return r;
+  }
+
+  ScoreParams score() const {
+    ScoreParams s;
+    s.scale = number<float>("scale");
+    s.softcap = number<float>("softcap");
+    s.alibi_slopes = static_cast<const float*>(pointer("alibi_slopes"));
+    s.sink_logits = static_cast<const float*>(pointer("sink_logits"));
+    return s;
+  }
+
+ private:
+  py::dict values_;
+};
+
+// Device memory that holds NaN until it is written.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : memory_(bytes + kAlignment, 0xFF) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.data());
+    begin_ = memory_.data() + (kAlignment - at % kAlignment) % kAlignment;
+    register_global(begin_, bytes, "workspace");
+  }
+  void* data() { return begin_; }
+
+ private:
+  std::vector<unsigned char> memory_;
+  unsigned char* begin_;
+};
+
+LambdaAttnParams attn_params(const Arguments& a) {
+  LambdaAttnParams p;
+  p.dtype = a.dtype("q");
+  p.q = a.pointer("q");
+  p.k = a.pointer("k");
+  p.v = a.pointer("v");
+  p.global_k = a.pointer("global_k");
+  p.global_v = a.pointer("global_v");
+  p.out = a.pointer("out");
+  p.lse = static_cast<float*>(a.pointer("lse"));
+  p.q_stride = a.strides("q");
+  p.k_stride = a.strides("k");
+  p.v_stride = a.strides("v");
+  p.global_k_stride = a.strides("global_k");
+  p.global_v_stride = a.strides("global_v");
+  p.out_stride = a.strides("out");
+  p.k_start = static_cast<const int64_t*>(a.pointer("k_start"));
+  p.cu_seqlens = static_cast<const int32_t*>(a.pointer("cu_seqlens"));
+  p.n_sequences = a.number<int64_t>("n_sequences");
+  p.batch = a.number<int64_t>("batch");
+  p.heads_q = a.number<int64_t>("heads_q");
+  p.heads_kv = a.number<int64_t>("heads_kv");
+  p.seqlen_q = a.number<int64_t>("seqlen_q");
+  p.seqlen_k = a.number<int64_t>("seqlen_k");
+  p.head_dim = a.number<int64_t>("head_dim");
+  p.n_global = a.number<int64_t>("n_global");
+  p.window = a.number<int64_t>("window");
+  p.max_distance = a.number<int64_t>("max_distance");
+  p.k_rotated = a.number<int64_t>("k_rotated");
+  p.rope = a.rope();
+  p.score = a.score();
+  return p;
+}
+
+LambdaDecodeParams decode_params(const Arguments& a) {
+  LambdaDecodeParams p;
+  p.dtype = a.dtype("q");
+  p.q = a.pointer("q");
+  p.k = a.pointer("k");
+  p.v = a.pointer("v");
+  p.ring_k = a.pointer("ring_k");
+  p.ring_v = a.pointer("ring_v");
+  p.global_k = a.pointer("global_k");
+  p.global_v = a.pointer("global_v");
+  p.out = a.pointer("out");
+  p.lse = static_cast<float*>(a.pointer("lse"));
+  p.q_stride = a.strides("q");
+  p.k_stride = a.strides("k");
+  p.v_stride = a.strides("v");
+  p.ring_k_stride = a.strides("ring_k");
+  p.ring_v_stride = a.strides("ring_v");
+  p.global_k_stride = a.strides("global_k");
+  p.global_v_stride = a.strides("global_v");
+  p.out_stride = a.strides("out");
+  p.positions = static_cast<const int64_t*>(a.pointer("positions"));
+  p.batch = a.number<int64_t>("batch");
+  p.heads_q = a.number<int64_t>("heads_q");
+  p.heads_kv = a.number<int64_t>("heads_kv");
+  p.head_dim = a.number<int64_t>("head_dim");
+  p.capacity = a.number<int64_t>("capacity");
+  p.n_global = a.number<int64_t>("n_global");
+  p.window = a.number<int64_t>("window");
+  p.max_distance = a.number<int64_t>("max_distance");
+  p.rope = a.rope();
+  p.score = a.score();
+  return p;
+}
+
+void lambda_attn(const py::dict& values) {
+  const Arguments a(values);
+  const LambdaAttnParams p = attn_params(a);
+  Workspace workspace(cuda::lambda_attn_workspace(p));
+  cuda::lambda_attn(p, workspace.data(), nullptr);
+}
+
+void lambda_decode(const py::dict& values) {
+  const Arguments a(values);
+  const LambdaDecodeParams p = decode_params(a);
+  const int multiprocessors = cuda::multiprocessors(0);
+  Workspace workspace(cuda::lambda_decode_workspace(p, multiprocessors));
+  cuda::lambda_decode(p, multiprocessors, workspace.data(), nullptr);
+}
+
+void clamped_rope(const py::dict& values) {
+  const Arguments a(values);
+  ClampedRopeParams p;
+  p.dtype = a.dtype("x");
+  p.x = a.pointer("x");
+  p.out = a.pointer("out");
+  p.x_stride = a.strides("x");
+  p.out_stride = a.strides("out");
+  p.position_ids = static_cast<const int64_t*>(a.pointer("position_ids"));
+  p.position_batch_stride = a.number<int64_t>("position_batch_stride");
+  p.batch = a.number<int64_t>("batch");
+  p.heads = a.number<int64_t>("heads");
+  p.seqlen = a.number<int64_t>("seqlen");
+  p.head_dim = a.number<int64_t>("head_dim");
+  p.has_max_position = a.has("max_position");
+  if (p.has_max_position) p.max_position = a.number<int64_t>("max_position");
+  p.rope = a.rope();
+  cuda::clamped_rope(p, nullptr);
+}
+
+std::string attn_kernel(const py::dict& values) {
+  const Arguments a(values);
+  return cuda::name_of(cuda::lambda_attn_kernel(attn_params(a)));
+}
+
+std::string decode_kernel(const py::dict& values) {
+  const Arguments a(values);
+  return cuda::name_of(cuda::lambda_decode_kernel(decode_params(a)));
+}
+
+}  // namespace
+}  // namespace lminf::emulation
+
+PYBIND11_MODULE(lminf_emulated, m) {
+  using namespace lminf::emulation;
+  m.doc() = "The CUDA kernels, run on the CPU";
+  m.def("set_schedule_seed", &set_schedule_seed, py::arg("seed"));
+  m.def("lambda_attn", &lambda_attn);
+  m.def("lambda_decode", &lambda_decode);
+  m.def("clamped_rope", &clamped_rope);
+  m.def("attn_kernel", &attn_kernel);
+  m.def("decode_kernel", &decode_kernel);
+}

@@ -1,0 +1,99 @@
+// Runs a CUDA kernel on the CPU, to test it where there is no GPU: one fiber per CUDA thread, one
+// block after another, warp and block collectives as rendezvous.
+//
+// What makes a passing run mean something:
+//   - shared memory is all ones at the start of a block: NaN in float, bf16 and fp16;
+//   - asynchronous copies land at the wait that covers them, no sooner (in a seeded schedule some
+//     land at once instead, so that a copy into memory still being read shows as well);
+//   - every access through the wrappers is checked against its allocation;
+//   - a thread that waits for ever, or at another barrier than its block, ends the launch with a
+//     report of who waits where;
+//   - a seed other than 0 runs threads and blocks in another order;
+//   - built with -fsanitize=thread, a missing barrier is a reported data race.
+// This header is plain C++ with no CUDA in it; device.h gives the CUDA names on top.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace lminf::emulation {
+
+struct Index3 {
+  unsigned x, y, z;
+};
+
+// Where a thread waits, for reports.
+struct Site {
+  const char* what;
+  const char* file;
+  int line;
+};
+
+// A kernel did what no kernel may do. The message names kernel, block and thread.
+class Fault : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Order in which threads and blocks run: 0 in turn, anything else a shuffled order of that seed.
+void set_schedule_seed(uint64_t seed);
+
+// Runs `body` once per thread. Throws Fault.
+void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes,
+            const std::function<void()>& body);
+
+// --- What the running thread may ask, inside a launch ---
+
+Index3 thread_index();
+Index3 block_index();
+Index3 block_dim();
+Index3 grid_dim();
+unsigned lane_id();
+
+unsigned char* shared_memory();
+uint32_t shared_address(const void* pointer);  // checked: inside this block's shared memory
+// The bytes at a shared address, checked: inside the allocation and aligned to their size.
+unsigned char* shared_bytes(uint32_t address, size_t bytes, const char* what);
+
+[[noreturn]] void fault(const std::string& message);
+[[noreturn]] void index_fault(const char* what, int64_t index, int64_t size);
+
+// All threads of the block; every one must come from the same line.
+void sync_threads(Site site);
+// Named barrier: `threads` of them, from anywhere.
+void named_barrier(Site site, unsigned id, unsigned threads);
+
+// A warp collective: each lane gives `n_in` words; when all 32 have come, `complete` turns all
+// lanes' words into all lanes' results; each lane takes `n_out` words back. Orders no memory.
+constexpr int kMaxWords = 12;
+using WarpWords = uint32_t[32][kMaxWords];
+using WarpFunction = void (*)(const WarpWords& in, WarpWords& out);
+void warp_collective(Site site, uint32_t mask, const uint32_t* in, int n_in, uint32_t* out,
+                     int n_out, WarpFunction complete);
+// Shuffle: {value, source lane} -> {value}. Ballot: {predicate} -> {bits}.
+void shuffle_words(const WarpWords& in, WarpWords& out);
+void ballot_words(const WarpWords& in, WarpWords& out);
+// The collective that does order memory among its lanes.
+void sync_warp(Site site, uint32_t mask);
+
+// Asynchronous copy to shared memory: `valid` bytes of `source`, the rest of `bytes` zeros.
+void copy_async(uint32_t shared_address, const void* source, uint32_t bytes, uint32_t valid);
+void copy_async_commit();
+void copy_async_wait(int newest_groups_left);
+
+// Tells ThreadSanitizer of a read that uninstrumented code makes for the running thread.
+void announce_shared_read(const void* address, size_t bytes);
+
+// A point where a seeded schedule may run another thread first.
+void maybe_yield();
+
+// Checked global memory: with at least one allocation registered, an access through the wrappers
+// must lie inside one of them.
+void register_global(const void* begin, size_t bytes, const char* name);
+void clear_globals();
+void check_global(const void* address, size_t bytes, const char* what);
+
+}  // namespace lminf::emulation

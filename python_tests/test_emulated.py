@@ -1,0 +1,171 @@
+"""What is special about the CUDA kernels as the emulation runs them; the op tests themselves run on
+the backend "emulated" beside the others."""
+
+import subprocess
+import time
+
+import emulated
+import pytest
+import torch
+from cases import DTYPES, check_lambda_attn, frequencies, options, qkv, randn, run_reference
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}"),
+]
+
+
+@pytest.fixture
+def shuffled(request):
+    emulated.module().set_schedule_seed(request.param)
+    yield
+    emulated.module().set_schedule_seed(0)
+
+
+@pytest.mark.parametrize("shuffled", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_order_of_threads_gives_the_same_bits(shuffled, dtype):
+    """Every order gives one result: nothing depends on who comes first."""
+    q, k, v = qkv(150, 200, heads_q=4, heads_kv=2, dtype=dtype)
+    score = dict(options("all", 4, 64), max_distance=60)
+    out, lse = emulated.lambda_attn(q, k, v, 20, 40, **score)
+    emulated.module().set_schedule_seed(0)
+    in_turn, lse_in_turn = emulated.lambda_attn(q, k, v, 20, 40, **score)
+    assert torch.equal(out, in_turn) and torch.equal(lse, lse_in_turn)
+
+
+@pytest.mark.parametrize("shuffled", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_order_of_threads_decodes_the_same_bits(shuffled, dtype):
+    def step():
+        q, k, v, *cache = randn(
+            4, (2, 4, 1, 64), *[(2, 2, 1, 64)] * 2, *[(2, 2, n, 64) for n in (300, 300, 9, 9)],
+            dtype=dtype,
+        )  # fmt: skip
+        positions = torch.tensor([1000, 40])
+        score = dict(options("rope", 4, 64), max_distance=350)
+        return (*emulated.lambda_decode(q, k, v, *cache, positions, 300, **score), *cache)
+
+    shuffled_results = step()
+    emulated.module().set_schedule_seed(0)
+    for ours, in_turn in zip(shuffled_results, step(), strict=True):
+        assert torch.equal(ours, in_turn)
+
+
+def kernel_of(**changes):
+    q, k, v = changes.pop("qkv", None) or qkv(8, 8, dtype=torch.bfloat16)
+    values = emulated.lambda_attn_values(q, k, v, 2, 4, **changes)
+    return emulated.module().attn_kernel(values)
+
+
+def test_which_kernel_runs():
+    """16-bit elements in aligned rows run on tensor cores, everything else on ordinary ones."""
+    assert kernel_of() == "sm80"
+    assert kernel_of(qkv=qkv(8, 8, dtype=torch.float16, head_dim=40)) == "sm80"
+    assert kernel_of(qkv=qkv(8, 8)) == "plain"
+    assert kernel_of(qkv=qkv(8, 8, dtype=torch.bfloat16, head_dim=60)) == "plain"
+    assert kernel_of(qkv=qkv(8, 8, dtype=torch.bfloat16, head_dim=264)) == "plain"
+    q, k, v = (torch.cat([x, x], -1) for x in qkv(8, 8, dtype=torch.bfloat16))
+    assert kernel_of(qkv=[x[..., 8:72] for x in (q, k, v)]) == "sm80"
+    assert kernel_of(qkv=[x[..., 3:67] for x in (q, k, v)]) == "plain"
+
+
+def test_too_large_a_head_dim_is_refused():
+    q, k, v = qkv(4, 4, head_dim=400)
+    with pytest.raises(ValueError, match="head dim is 400, but on CUDA it must be at most 384"):
+        emulated.lambda_attn(q, k, v, 1, 2)
+
+
+@pytest.mark.parametrize("window", [600, 1000, 1024])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_in_several_splits(head_dim, window, dtype):
+    """A window long enough to be cut up, at positions before, at and past its edges."""
+    batch, heads_q, heads_kv, n_global = 1, 6, 1, 20
+    ring = (batch, heads_kv, 1024, head_dim)
+    one, few = (batch, heads_kv, 1, head_dim), (batch, heads_kv, n_global, head_dim)
+    for position in (0, 15, window - 1, window, window + 7, 5 * window + 3):
+        q, k, v, ring_k, ring_v, global_k, global_v = randn(
+            7, (batch, heads_q, 1, head_dim), one, one, ring, ring, few, few, dtype=dtype
+        )
+        score = dict(options("none", heads_q, head_dim))
+        cache = [x.clone() for x in (ring_k, ring_v, global_k, global_v)]
+        out, lse = emulated.lambda_decode(
+            q, k, v, *cache, torch.tensor([position]), window, **score
+        )
+        # Without rotation the cache is the sequence, in another order.
+        first = max(0, position - window + 1)
+        slots = torch.arange(first, position) % 1024
+        globals_seen = max(0, min(n_global, first))
+        keys = torch.cat([global_k[:, :, :globals_seen], ring_k[:, :, slots], k], 2)
+        values = torch.cat([global_v[:, :, :globals_seen], ring_v[:, :, slots], v], 2)
+        kwargs = dict(n_global=0, window=1 << 20)
+        truth, truth_lse = run_reference(q, keys, values, True, **kwargs)
+        eager, _ = run_reference(q, keys, values, False, **kwargs)
+        bound = 5e-6 if dtype == torch.float32 else 2 * (eager - truth).abs().max() + 1e-3
+        assert (out - truth).abs().max() <= bound, position
+        assert (lse - truth_lse).abs().max() <= (5e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_many_packed_sequences_with_many_globals():
+    """More global keys than rows: the far keys then stand row by row (lambda_attn.cu)."""
+    lengths = [3, 40, 0, 70, 1, 25]
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = qkv(sum(lengths), sum(lengths), dtype=torch.float32)
+    check_lambda_attn(
+        "emulated", q, k, v, n_global=50, window=6, cu_seqlens=starts, **options("rope", 2, 64)
+    )
+
+
+def test_speed():
+    """512 tokens, two heads, D 64: the emulation is fast enough to test with."""
+    q, k, v = qkv(512, 512, heads_kv=2, dtype=torch.bfloat16)
+    emulated.module()
+    start = time.perf_counter()
+    emulated.lambda_attn(q, k, v, 16, 512, inv_freq=frequencies(64))
+    assert time.perf_counter() - start < 3.0
+
+
+def test_cpp_tests_pass():
+    """The planted faults are caught, and every PTX wrapper's host body is right."""
+    folder = emulated.ROOT / "build" / "emulation"
+    emulated.build(folder, "emulation_test", "ptx_sm80_test")
+    for name in ("emulation_test", "ptx_sm80_test"):
+        done = subprocess.run([folder / name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_more_batch_entries_times_heads_than_a_grid_is_high():
+    """65,535 is the limit of a grid's second and third dimension. All but the first and last entries
+    are padding, whose blocks have next to nothing to do."""
+    batch = 66_000
+    q, k, v = randn(5, *[(batch, 1, 1, 8)] * 3, dtype=torch.bfloat16)
+    k_start = torch.full((batch,), -1)
+    real = [0, batch - 1]
+    k_start[real] = 0
+    out, lse = emulated.lambda_attn(q, k, v, 0, 2, k_start=k_start)
+    assert torch.equal(out[real], v[real])
+    padding = slice(1, batch - 1)
+    assert (out[padding] == 0).all() and (lse[padding] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_past_32_bits(dtype):
+    """Batch entries, heads and rows further apart than an int32 counts elements. The memory between
+    them is never touched, so it is never there."""
+    far = (1 << 31) + 64
+    room = torch.empty(2 * far + 64 * 64, dtype=dtype)
+    q, k, v = qkv(40, 40, batch=2, dtype=dtype)
+
+    def spread(x, stride):
+        view = room.as_strided(x.shape, stride)
+        view.copy_(x)
+        return view
+
+    score = dict(n_global=3, window=9, **options("rope", 2, 64))
+    check_lambda_attn("emulated", q, spread(k, (far, 0, 64, 1)), v, **score)
+    few = [x[:1, :, :3] for x in (k, v)]
+    rows = [spread(x, (0, 0, far, 1)) for x in few]
+    check_lambda_attn("emulated", q[:1, :, :3], rows[0], few[1], **score)
+    check_lambda_attn("emulated", q[:1, :, :3], few[0], spread(few[1], (0, 0, far, 1)), **score)
