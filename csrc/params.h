@@ -101,6 +101,37 @@ struct LambdaDecodeParams {
   ScoreParams score;
 };
 
+// torch.ops.lminf.middle_topk: of the keys that Λ attention does not show to one query of each row,
+// the top_k with the largest score at one distance join its softmax.
+struct MiddleTopkParams {
+  DType dtype = DType::kFloat32;      // of q, k, v, lambda_out and out
+  const void* q = nullptr;            // [B, Hq, 1, D] un-rotated
+  const void* k = nullptr;            // [B, Hkv, Sk, D] un-rotated
+  const void* v = nullptr;            // [B, Hkv, Sk, D]
+  const void* lambda_out = nullptr;   // [B, Hq, 1, D] the query's Λ attention
+  const float* lambda_lse = nullptr;  // [B, Hq, 1] contiguous
+  void* out = nullptr;                // [B, Hq, 1, D]
+  float* lse = nullptr;               // [B, Hq, 1] contiguous
+  int64_t* chosen = nullptr;          // [B, Hq, K] contiguous: positions, the largest score first
+  Strides q_stride, k_stride, v_stride, lambda_out_stride, out_stride;
+
+  const int64_t* positions = nullptr;  // [B] position of each row's query; < 0: the row is idle
+  const int64_t* k_start = nullptr;    // [B] position of key 0 of each row, or null: 0
+
+  int64_t batch = 0;
+  int64_t heads_q = 0;
+  int64_t heads_kv = 0;
+  int64_t seqlen_k = 0;
+  int64_t head_dim = 0;
+  int64_t n_global = 0;
+  int64_t window = 1;
+  int64_t top_k = 1;     // K
+  int64_t distance = 0;  // at which the query meets them all
+
+  RopeParams rope;
+  ScoreParams score;
+};
+
 // torch.ops.lminf.clamped_rope.
 struct ClampedRopeParams {
   DType dtype = DType::kFloat32;

@@ -3,9 +3,12 @@
 Each layer keeps two buffers of fixed size (design.md sections 1 and 2):
 
 - a ring of the last `window` tokens, whose keys carry the rotation of their own position, at slot
-  position % window;
+  position % capacity; its capacity is `window`, and more only where tokens are to be taken back
+  (`LambdaCache.activate_past_recording`, as assisted decoding needs it);
 - the first `n_global` tokens, whose keys are un-rotated, since the distance at which they are met
   is clamped and so changes from query to query.
+
+A model patched with `middle_top_k` keeps all keys and values besides (middle.py).
 
 One new token goes through the op lambda_decode, which appends and attends in one step. Several new
 tokens go through lambda_attn over the ring's keys followed by the new ones, and are stored
@@ -16,7 +19,7 @@ own tokens: each row's global tokens are its own first ones, and what stands lef
 read.
 
 Letters in shape comments: B batch, Hq and Hkv heads of queries and keys, S new tokens, D head dim,
-W window, G n_global.
+W window, C ring capacity, G n_global.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops as _ops  # registers torch.ops.lminf  # noqa: F401
+from .middle import MiddleStore, add_middle_tokens
 from .rope import Rope
 
 __all__ = ["LambdaCache", "LambdaCacheLayer", "LambdaSettings", "LayerSettings"]
 
 # The attribute of a patched module that holds its LambdaSettings.
 SETTINGS_ATTRIBUTE = "_lminf_settings"
+
+ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 
 _patch_ids = itertools.count()
 
@@ -50,6 +56,8 @@ class LayerSettings:
         max_distance: no larger distance enters a score.
         rope: the layer's rotation, or None for a layer without one.
         slopes: ALiBi slopes, float32 [Hq], or None.
+        middle_top_k: so many keys of the middle join the last query of a forward; 0 for none.
+        middle_distance: at which they are met.
     """
 
     n_global: int
@@ -57,6 +65,8 @@ class LayerSettings:
     max_distance: int
     rope: Rope | None
     slopes: Tensor | None = None
+    middle_top_k: int = 0
+    middle_distance: int = 0
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def options(self, device: torch.device) -> dict[str, Any]:
@@ -88,6 +98,7 @@ class LambdaSettings:
     Attributes:
         n_global, window, max_distance: of the layers that do not slide by themselves.
         layers: one entry per decoder layer.
+        middle_top_k, middle_from_layer, middle_distance: of the middle tokens (middle.py).
         patch_id: tells the caches of one patched model from those of another. A deep copy of the
             model or of a cache keeps it.
     """
@@ -96,10 +107,19 @@ class LambdaSettings:
     window: int
     max_distance: int
     layers: list[LayerSettings]
+    middle_top_k: int = 0
+    middle_from_layer: int = 0
+    middle_distance: int = 0
     patch_id: int = field(default_factory=lambda: next(_patch_ids))
 
     def __str__(self) -> str:
-        return f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+        text = f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+        if self.middle_top_k == 0:
+            return text
+        return (
+            f"{text}, middle_top_k={self.middle_top_k}, "
+            f"middle_from_layer={self.middle_from_layer}, middle_distance={self.middle_distance}"
+        )
 
 
 @dataclass(eq=False)
@@ -109,10 +129,35 @@ class _Progress:
     Attributes:
         seen: columns of tokens so far, padding included.
         in_forward: whether the forward of a patched model is using the cache.
+        slack: slots of each ring beyond its window.
+        lost: a ring of window W has overwritten the columns below lost - W. Brought up to date by
+            `forget`, before `seen` shrinks or `slack` grows.
     """
 
     seen: int = 0
     in_forward: bool = False
+    slack: int = 0
+    lost: int = 0
+
+    def forget(self) -> None:
+        """Notes what the rings have overwritten so far."""
+        self.lost = max(self.lost, self.seen - self.slack)
+
+
+def _ring_slots(ring: Tensor, positions: Tensor) -> Tensor:
+    """The slots of `positions` [B, n] in a ring [B, H, C, D], as an index [B, H, n, D]."""
+    slots = (positions % ring.shape[2])[:, None, :, None]
+    return slots.expand(-1, ring.shape[1], -1, ring.shape[3])
+
+
+def _pick(ring: Tensor, positions: Tensor) -> Tensor:
+    """What a ring [B, H, C, D] holds of `positions` [B, n]: [B, H, n, D]."""
+    return ring.gather(2, _ring_slots(ring, positions))
+
+
+def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
+    """Writes `new` [B, H, n, D] to the slots of `positions` [B, n], at most C neighbours a row."""
+    ring.scatter_(2, _ring_slots(ring, positions), new)
 
 
 class LambdaCacheLayer(CacheLayerMixin):
@@ -121,15 +166,21 @@ class LambdaCacheLayer(CacheLayerMixin):
     Attributes:
         settings: what the layer attends to.
         progress: shared by the layers of a cache.
-        ring_k, ring_v: [B, Hkv, W, D].
+        ring_k, ring_v: [B, Hkv, C, D].
         global_k, global_v: [B, Hkv, G, D].
+        middle: all keys and values, in a layer with middle tokens.
+        keep_middle: "device" (of the layer) or "cpu".
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, settings: LayerSettings, progress: _Progress) -> None:
+    def __init__(
+        self, settings: LayerSettings, progress: _Progress, keep_middle: str = "device"
+    ) -> None:
         super().__init__()
+        self.keep_middle = keep_middle
+        self.middle: MiddleStore | None = None
         self.settings = settings
         self.progress = progress
         self.ring_k: Tensor
@@ -137,11 +188,17 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.global_k: Tensor
         self.global_v: Tensor
 
+    @property
+    def capacity(self) -> int:
+        """Slots of the ring."""
+        return self.settings.window + self.progress.slack
+
     def buffers(self) -> list[Tensor]:
         """The tensors that the layer keeps; none before its first use."""
         if not self.is_initialized:
             return []
-        return [self.ring_k, self.ring_v, self.global_k, self.global_v]
+        fixed = [self.ring_k, self.ring_v, self.global_k, self.global_v]
+        return fixed if self.middle is None else [*fixed, self.middle.k, self.middle.v]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
@@ -150,10 +207,14 @@ class LambdaCacheLayer(CacheLayerMixin):
         with torch.inference_mode(False):
             for name, like in (("k", key_states), ("v", values)):
                 batch, heads, _, dim = like.shape
-                ring = like.new_empty((batch, heads, self.settings.window, dim))
+                ring = like.new_empty((batch, heads, self.capacity, dim))
                 first = like.new_empty((batch, heads, self.settings.n_global, dim))
                 setattr(self, f"ring_{name}", ring)
                 setattr(self, f"global_{name}", first)
+        if self.settings.middle_top_k:
+            on_cpu = self.keep_middle == "cpu"
+            device = torch.device("cpu") if on_cpu else key_states.device
+            self.middle = MiddleStore(key_states, values, device)
         self.is_initialized = True
 
     def update(
@@ -190,7 +251,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        out, _ = torch.ops.lminf.lambda_decode.default(
+        out, lse = torch.ops.lminf.lambda_decode.default(
             q,
             k,
             v,
@@ -201,6 +262,34 @@ class LambdaCacheLayer(CacheLayerMixin):
             positions,
             self.settings.window,
             **options,
+        )
+        return self._with_middle(q, k, v, positions, out, lse, options)
+
+    def _with_middle(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Keeps the new keys and values for later, and adds middle tokens to the last query."""
+        if self.middle is None:
+            return out
+        seen, n_new = self.progress.seen, k.shape[2]
+        self.middle.append(k, v, first, seen)
+        kept_k, kept_v = self.middle.held(seen + n_new)
+        out[:, :, -1:] = add_middle_tokens(
+            self.settings,
+            q[:, :, -1:],
+            kept_k,
+            kept_v,
+            out[:, :, -1:],
+            lse[:, :, -1:],
+            first + n_new - 1,
+            options,
         )
         return out
 
@@ -219,7 +308,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         Returns:
             [B, Hq, S, D]; of padding, zeros.
         """
-        settings = self.settings
+        settings, given = self.settings, options
         n_global, window = settings.n_global, settings.window
         if not self.is_initialized:
             self.lazy_initialization(k, v)
@@ -227,9 +316,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)
             old = first[:, None] + torch.arange(-n_old, 0, device=q.device)  # [B, n_old]
-            slots = (old % window)[:, None, :, None]
-            old_k = self.ring_k.gather(2, slots.expand(-1, k.shape[1], -1, k.shape[3]))
-            old_v = self.ring_v.gather(2, slots.expand(-1, v.shape[1], -1, v.shape[3]))
+            old_k, old_v = (_pick(ring, old) for ring in (self.ring_k, self.ring_v))
             options = options | {
                 "k_rotated": n_old if settings.rope is not None else 0,
                 "k_start": first - n_old,
@@ -240,9 +327,9 @@ class LambdaCacheLayer(CacheLayerMixin):
         else:
             options = options | {"k_start": first}
             all_k, all_v = k, v
-        out, _ = torch.ops.lminf.lambda_attn.default(q, all_k, all_v, n_global, window, **options)
+        out, lse = torch.ops.lminf.lambda_attn.default(q, all_k, all_v, n_global, window, **options)
         self._store_ring(k, v, first)
-        return out
+        return self._with_middle(q, k, v, first, out, lse, given)
 
     def _store_globals(self, k: Tensor, v: Tensor, first: Tensor) -> None:
         """Writes those of the new tokens that stand at positions below n_global."""
@@ -255,13 +342,13 @@ class LambdaCacheLayer(CacheLayerMixin):
             kept.copy_(torch.where(is_new, picked, kept))
 
     def _store_ring(self, k: Tensor, v: Tensor, first: Tensor) -> None:
-        """Rotates the last `window` new keys to their positions and writes them over the oldest.
+        """Rotates the last C new keys to their positions and writes them over the oldest.
 
         Padding lands in slots that the row has not reached yet: they hold nothing, and are not read
         before a token of the row overwrites them.
         """
-        rope, window = self.settings.rope, self.settings.window
-        start = max(k.shape[2] - window, 0)
+        rope = self.settings.rope
+        start = max(k.shape[2] - self.capacity, 0)
         k, v = k[:, :, start:], v[:, :, start:]
         positions = first[:, None] + torch.arange(start, start + k.shape[2], device=k.device)
         if rope is not None:
@@ -272,9 +359,28 @@ class LambdaCacheLayer(CacheLayerMixin):
                 scaling=rope.scaling,
                 interleaved=rope.interleaved,
             )
-        slots = (positions % window)[:, None, :, None]
         for ring, new in ((self.ring_k, k), (self.ring_v, v)):
-            ring.scatter_(2, slots.expand(-1, new.shape[1], -1, new.shape[3]), new)
+            _put(ring, positions, new)
+
+    def grow(self, slack: int, next_positions: Tensor) -> None:
+        """Moves the ring to one of window + slack slots, before `progress.slack` says so.
+
+        Args:
+            slack: more than `progress.slack`.
+            next_positions: int64 [B], tokens of each row so far.
+        """
+        if not self.is_initialized:
+            return
+        n_old = min(self.progress.seen, self.capacity)
+        columns = torch.arange(-n_old, 0, device=self.ring_k.device)
+        positions = next_positions.to(columns.device)[:, None] + columns  # [B, n_old]
+        for name in ("ring_k", "ring_v"):
+            ring = getattr(self, name)
+            batch, heads, _, dim = ring.shape
+            with torch.inference_mode(False):
+                larger = ring.new_empty((batch, heads, self.settings.window + slack, dim))
+            _put(larger, positions, _pick(ring, positions))
+            setattr(self, name, larger)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(Number of keys, index of the first) as seen by a mask: all columns so far."""
@@ -304,10 +410,16 @@ class LambdaCacheLayer(CacheLayerMixin):
                 buffer.copy_(rows)
             else:
                 setattr(self, name, rows)
+        if self.middle is not None:
+            self.middle.select_rows(indices)
 
 
 class LambdaCache(Cache):
     """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
+
+    Only for a model patched with `middle_top_k` it grows: the layers with middle tokens keep all
+    keys and values besides, 2 * key heads * head dim * element size bytes a token and layer (4 KiB
+    for 8 heads of 128 dims in bfloat16), in memory that doubles when it is full.
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
     over several calls (multi-turn chat, chunks of a long text).
@@ -315,14 +427,19 @@ class LambdaCache(Cache):
     Args:
         model: a model patched by `patch_model`, whose settings the cache takes.
         batch_size: rows, known from the first forward on when None.
+        keep_middle: where a model with middle tokens keeps all keys and values: on the "device" of
+            each layer, which is the default, or on the "cpu", where they are then searched, too.
 
     Raises:
-        ValueError: `model` is not patched, or batch_size < 1.
+        ValueError: `model` is not patched, batch_size < 1, or keep_middle is something else or
+            given for a model without middle tokens.
     """
 
     layers: list[LambdaCacheLayer]
 
-    def __init__(self, model: Any, *, batch_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, *, batch_size: int | None = None, keep_middle: str | None = None
+    ) -> None:
         settings = getattr(model, SETTINGS_ATTRIBUTE, None)
         if settings is None:
             raise ValueError(
@@ -331,9 +448,19 @@ class LambdaCache(Cache):
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1, or None")
+        if keep_middle not in (None, "device", "cpu"):
+            raise ValueError(f"keep_middle is {keep_middle!r}; it must be 'device' or 'cpu'")
+        if keep_middle is not None and settings.middle_top_k == 0:
+            raise ValueError(
+                f"keep_middle is {keep_middle!r}, but the model has no middle tokens to keep; "
+                "leave it out, or patch with middle_top_k"
+            )
         self._progress = _Progress()
         super().__init__(
-            layers=[LambdaCacheLayer(layer, self._progress) for layer in settings.layers]
+            layers=[
+                LambdaCacheLayer(layer, self._progress, keep_middle or "device")
+                for layer in settings.layers
+            ]
         )
         self.settings: LambdaSettings = settings
         self._batch_size = batch_size
@@ -356,7 +483,10 @@ class LambdaCache(Cache):
         return all(layer.is_initialized for layer in self.layers)
 
     def memory_bytes(self) -> int:
-        """Bytes of all buffers: 0 before the first forward, and constant from then on."""
+        """Bytes of all buffers: 0 before the first forward, and constant from then on.
+
+        Those of a model with middle tokens grow with the text.
+        """
         return sum(
             buffer.numel() * buffer.element_size()
             for layer in self.layers
@@ -418,10 +548,36 @@ class LambdaCache(Cache):
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers."""
         self._progress.seen = 0
+        self._progress.lost = 0
         self._progress.in_forward = False
         self._unusable = None
         if self.next_positions is not None:
             self.next_positions.zero_()
+
+    def activate_past_recording(self, tokens: int = ROLLBACK) -> None:
+        """From now on keeps what `crop` needs to take back the last `tokens` tokens.
+
+        Each layer's ring gets so many slots more than its window, once. `generate()` asks for as
+        many as assisted decoding drafts.
+
+        Raises:
+            ValueError: tokens < 1.
+        """
+        if tokens < 1:
+            raise ValueError(f"tokens is {tokens}; it must be at least 1")
+        progress = self._progress
+        if tokens <= progress.slack:
+            return
+        progress.forget()
+        if self.next_positions is not None:
+            for layer in self.layers:
+                layer.grow(tokens, self.next_positions)
+        progress.slack = tokens
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: `crop` takes back what `activate_past_recording` asked for."""
+        return True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, unless the ring has overwritten what is then needed.
@@ -433,18 +589,23 @@ class LambdaCache(Cache):
         Raises:
             RuntimeError: a ring has dropped keys that the shorter text needs.
         """
-        seen = self._progress.seen
+        progress = self._progress
+        seen = progress.seen
         n_remove = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
         n_remove = min(n_remove, seen)
+        if n_remove == 0:
+            return
+        progress.forget()
+        window = min(layer.settings.window for layer in self.layers)
         # The next query sees window - 1 earlier keys: a full ring has one to spare.
-        if n_remove > 1 and any(seen > layer.settings.window for layer in self.layers):
-            window = min(layer.settings.window for layer in self.layers)
+        if progress.lost > window and seen - n_remove + 1 < progress.lost:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) removes {n_remove} of {seen} tokens, but the ring of "
-                f"{window} tokens has overwritten keys that are needed then; start again from a "
-                "new LambdaCache, or patch with a larger window"
+                f"{window + progress.slack} tokens has overwritten keys that are needed then; call "
+                f"cache.activate_past_recording({n_remove}) before the tokens come, or start again "
+                "from a new LambdaCache"
             )
-        self._progress.seen -= n_remove
+        progress.seen -= n_remove
         if self.next_positions is not None:
             self.next_positions.sub_(n_remove).clamp_(min=0)
 

@@ -1,4 +1,4 @@
-"""The command `lminf`: info, evaluate, generate, demo, bench."""
+"""The command `lminf`: info, evaluate, generate, passkey, chat, demo, bench."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ import lminf_cuda
 from lminf_cuda import bench as benchmarks
 from lminf_cuda import evaluate as evaluation
 from lminf_cuda import ops
+from lminf_cuda import passkey as retrieval
+from lminf_cuda.chat import Chat
 from lminf_cuda.evaluate import CUT, LM_INFINITE, VANILLA, Evaluation
 from lminf_cuda.generate import generate as generate_text
 from lminf_cuda.patches import patch_model, unpatch_model
@@ -397,6 +399,166 @@ def generate(
         chunk=chunk,
     )
     print()
+
+
+def parse_depths(text: str) -> list[float]:
+    """Depths from "0,0.5,1", or from a count such as "5": so many, evenly from 0 to 1.
+
+    Raises ValueError when a part is no number.
+    """
+    parts = [piece.strip() for piece in text.split(",")]
+    try:
+        if len(parts) == 1 and parts[0].isdigit() and int(parts[0]) > 1:
+            count = int(parts[0])
+            return [n / (count - 1) for n in range(count)]
+        return [float(part) for part in parts]
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no list of depths; give numbers such as 0,0.25,0.5 or a count such as 5"
+        ) from None
+
+
+def passkey_table(method: str, cells: Sequence[retrieval.Cell]) -> Table:
+    """One line a depth, one column a length."""
+    table = Table(title=f"{method}: keys found", box=SIMPLE_HEAD)
+    lengths = sorted({cell.length for cell in cells})
+    table.add_column("depth", justify="right")
+    for length in lengths:
+        table.add_column(f"{length:,} tokens", justify="right")
+    for depth in sorted({cell.depth for cell in cells}):
+        row = {cell.length: cell.accuracy for cell in cells if cell.depth == depth}
+        table.add_row(f"{depth:.0%}", *(f"{row[length]:.0%}" for length in lengths))
+    total = sum(cell.found for cell in cells) / sum(cell.trials for cell in cells)
+    table.caption = f"all together {total:.0%}"
+    return table
+
+
+@app.command()
+def passkey(
+    model: ModelArgument = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the prompts, such as 512,1024,...,16384.")
+    ] = "512,1024,2048",
+    depths: Annotated[
+        str, typer.Option(help="Where the key stands: 0,0.25,0.5 or a count of even steps.")
+    ] = "5",
+    trials: Annotated[int, typer.Option(min=1, help="Keys per length and depth.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the keys.")] = 0,
+    vanilla: Annotated[
+        bool, typer.Option("--vanilla", help="Ask the unpatched model, too.")
+    ] = False,
+    middle_top_k: Annotated[
+        int, typer.Option(min=0, help="Middle tokens per head (the paper: 5); 0: none.")
+    ] = 0,
+    middle_from_layer: Annotated[int, typer.Option(min=0, help="First layer with them.")] = 4,
+    n_global: NGlobalOption = 16,
+    window: WindowOption = None,
+    max_distance: MaxDistanceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = Device.cpu,
+    chunk: ChunkOption = 1024,
+    out: OutOption = Path("lminf_out"),
+) -> None:
+    """Find a number hidden in a long text: accuracy by length and depth, as table and heat map."""
+    with blamed("--lengths"):
+        wanted = parse_lengths(lengths)
+    with blamed("--depths"):
+        places = parse_depths(depths)
+    loaded = load(model, dtype, device)
+    patch: dict[str, Any] = {"n_global": n_global, "window": window, "max_distance": max_distance}
+    if middle_top_k:
+        patch |= {"middle_top_k": middle_top_k, "middle_from_layer": middle_from_layer}
+    with blamed("MODEL / --n-global / --window / --max-distance / --middle-from-layer"):
+        patch_model(loaded.model, **patch)
+        unpatch_model(loaded.model)
+    with blamed("--lengths / --depths"):
+        retrieval.check_grid(retrieval.Prompts(loaded.tokenizer), wanted, places)
+    results = retrieval.compare(
+        loaded.model,
+        loaded.tokenizer,
+        wanted,
+        places,
+        vanilla=vanilla,
+        patch=patch,
+        trials=trials,
+        chunk=chunk,
+        seed=seed,
+    )
+    from lminf_cuda.plots import plot_passkey  # matplotlib takes a second to import
+
+    settings = patch | {
+        "model": loaded.name,
+        "trials": trials,
+        "seed": seed,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+    }
+    retrieval.write_results(results, settings, out)
+    title = f"{loaded.name}: passkeys found, {trials} keys per field"
+    plot_passkey(results, title, out / "passkey.png")
+    screen = console()
+    for method, cells in results.items():
+        screen.print(passkey_table(method, cells))
+    screen.print(f"table: {out / 'passkey.csv'}", highlight=False, soft_wrap=True)
+    screen.print(f"plot:  {out / 'passkey.png'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    model: ModelArgument = None,
+    system: Annotated[
+        str | None, typer.Option(help="An instruction ahead of the first turn.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    n_global: NGlobalOption = 16,
+    window: WindowOption = None,
+    max_distance: MaxDistanceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = Device.cpu,
+    chunk: ChunkOption = 1024,
+) -> None:
+    """Talk with a model for as long as you like: the memory stays what it is. One turn a line."""
+    loaded = load(model, dtype, device)
+    with blamed("MODEL / --n-global / --window / --max-distance"):
+        patch_model(loaded.model, n_global=n_global, window=window, max_distance=max_distance)
+    with blamed("--system / --temperature / --top-p"):
+        talk = Chat(
+            loaded.model,
+            loaded.tokenizer,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            greedy=greedy,
+            temperature=temperature,
+            top_p=top_p,
+            chunk=chunk,
+        )
+    if seed is not None:
+        torch.manual_seed(seed)
+    screen = console()
+    screen.print("/reset forgets the conversation, /exit (or the end of input) ends it")
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            break
+        if text.strip() == "/exit":
+            break
+        if text.strip() == "/reset":
+            talk.reset()
+            continue
+        if not text.strip():
+            continue
+        talk.say(text, _write)
+        print()
+        screen.print(
+            f"({talk.tokens:,} tokens so far, cache "
+            f"{evaluation.mebibytes(talk.cache.memory_bytes())})",
+            highlight=False,
+            style="dim",
+        )
 
 
 @app.command()

@@ -5,6 +5,7 @@ callers: a broken rule raises ValueError with the argument's name, its value, an
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ _SCHEMAS = (
     # x [B, H, S, D], position_ids int64 [S] or [B, S], inv_freq [R/2] -> like x
     "clamped_rope(Tensor x, Tensor position_ids, Tensor inv_freq, *, int? max_position=None, "
     "float scaling=1.0, bool interleaved=False) -> Tensor",
+    # q and lambda_out [B, Hq, 1, D], k and v [B, Hkv, Sk, D] un-rotated, lambda_lse float32
+    # [B, Hq, 1], positions and k_start int64 [B] -> out like q, lse float32 [B, Hq, 1], chosen
+    # int64 [B, Hq, top_k]
+    "middle_topk(Tensor q, Tensor k, Tensor v, Tensor lambda_out, Tensor lambda_lse, "
+    "Tensor positions, int n_global, int window, int top_k, int distance, *, "
+    "Tensor? inv_freq=None, float rope_scaling=1.0, bool rope_interleaved=False, "
+    "Tensor? alibi_slopes=None, Tensor? sink_logits=None, float? scale=None, float softcap=0.0, "
+    "Tensor? k_start=None) -> (Tensor, Tensor, Tensor)",
 )
 
 _NO_BACKWARD = (
@@ -82,6 +91,12 @@ def _clamped_rope_fake(*args: object, **kwargs: object) -> Tensor:
     return _output_like(tensors[0])
 
 
+def _middle_topk_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices("middle_topk", *_tensors(args, kwargs))
+    q, positions, top_k = args[0], args[5], args[8]
+    return *_attention_fake(q), positions.new_empty((*q.shape[:2], top_k))
+
+
 def _refuse_gradients(op: OpOverload) -> Callable[..., object]:
     """The op's autograd kernel: raises when a gradient would be due, else goes on below."""
 
@@ -102,7 +117,8 @@ def _register() -> torch.library.Library:
     torch.library.register_fake("lminf::lambda_attn", _lambda_attn_fake, lib=library)
     torch.library.register_fake("lminf::lambda_decode", _lambda_decode_fake, lib=library)
     torch.library.register_fake("lminf::clamped_rope", _clamped_rope_fake, lib=library)
-    # lambda_decode is forward-only and called once per layer and token: it keeps the direct way.
+    torch.library.register_fake("lminf::middle_topk", _middle_topk_fake, lib=library)
+    # The others are forward-only and called once per layer and token: they keep the direct way.
     for op in (torch.ops.lminf.lambda_attn.default, torch.ops.lminf.clamped_rope.default):
         library.impl(op._opname, _refuse_gradients(op), "Autograd", with_keyset=True)
     return library

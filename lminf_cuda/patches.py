@@ -30,7 +30,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
+from .decoding import OVERRIDES, check_cache
 from .families import FAMILIES, Family, find_decoder, layer_type
+from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
 
 __all__ = ["FAMILIES", "Family", "patch_model", "unpatch_model"]
@@ -116,9 +118,23 @@ def _attend(
     first = state.first_on(query.device)
     options |= layer.options(query.device)
     if state.cache is None:
-        out, _lse = torch.ops.lminf.lambda_attn.default(
+        out, lse = torch.ops.lminf.lambda_attn.default(
             query, key, value, layer.n_global, layer.window, k_start=first, **options
         )
+        if layer.middle_top_k:
+            last = query.shape[2] - 1
+            positions = query.new_full((query.shape[0],), last, dtype=torch.int64)
+            out[:, :, -1:] = add_middle_tokens(
+                layer,
+                query[:, :, -1:],
+                key,
+                value,
+                out[:, :, -1:],
+                lse[:, :, -1:],
+                positions if first is None else positions + first,
+                options,
+                k_start=first,
+            )
     else:
         cache_layer = state.cache.layers[module.layer_idx]  # type: ignore[index]
         attend = cache_layer.decode if state.is_decode else cache_layer.extend
@@ -346,8 +362,8 @@ class _Patch:
         for module, layer_settings in zip(self.attention, settings.layers, strict=True):
             setattr(module, _LAYER_ATTRIBUTE, layer_settings)
             if family.forward is not None:
-                function = functools.partial(family.forward, _attend_in_forward)
-                self.override(module, "forward", function)
+                forward = functools.partial(family.forward, _attend_in_forward)
+                self.override(module, "forward", forward)
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
                 decoder.set_submodule(name, IdentityRotary(module))
@@ -358,7 +374,8 @@ class _Patch:
 
         for module in model.modules():
             if isinstance(module, GenerationMixin):
-                self.override(module, "_prepare_cache_for_generation", _prepare_cache)
+                for name, function in OVERRIDES.items():
+                    self.override(module, name, function)
                 for name in family.plain_methods:
                     self.override(module, name, getattr(GenerationMixin, name))
             if isinstance(module, GenerationMixin) or module in (model, decoder):
@@ -417,7 +434,7 @@ class _Patch:
             if getattr(config, "use_cache", False) if use_cache is None else use_cache:
                 cache = kwargs["past_key_values"] = LambdaCache(decoder)
         else:
-            _check_cache(cache)
+            check_cache(cache)
         if cache is not None:
             cache.check(self.settings, inputs.shape[0])
         state = _forward_state(
@@ -459,33 +476,6 @@ class _Patch:
             state.cache.commit(state.first, state.n_tokens, state.is_decode)
 
 
-def _check_cache(cache: Any) -> None:
-    if not isinstance(cache, LambdaCache):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; a patched model takes a LambdaCache: "
-            "leave the argument out, or pass lminf_cuda.LambdaCache(model)"
-        )
-
-
-def _prepare_cache(
-    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> None:
-    """Stands for GenerationMixin._prepare_cache_for_generation: `generate()` gets a LambdaCache."""
-    if generation_config.cache_implementation is not None:
-        raise ValueError(
-            f"cache_implementation is {generation_config.cache_implementation!r}; a patched model "
-            "has its own cache: leave the argument out"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None:
-        _check_cache(cache)
-        type(model)._prepare_cache_for_generation(
-            model, generation_config, model_kwargs, *args, **kwargs
-        )
-    elif generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = LambdaCache(model)
-
-
 def _sliding_window(config: Any, layer_idx: int) -> int | None:
     """The window of a layer that slides in the unpatched model, or None."""
     sliding: int | None = getattr(config, "sliding_window", None)
@@ -524,6 +514,44 @@ def _resolve_lengths(
     return n_global, window, max_distance
 
 
+def _resolve_middle(
+    max_distance: int, top_k: Any, from_layer: Any, distance: Any
+) -> tuple[int, int, int]:
+    """Checks patch_model's middle_* arguments and fills in what is None."""
+    _check_setting("middle_top_k", top_k, 0, " (0: no middle tokens)")
+    _check_setting("middle_from_layer", from_layer, 0, "")
+    if distance is None:
+        distance = max_distance // 2
+    _check_setting("middle_distance", distance, 0, "")
+    if distance > max_distance:
+        raise ValueError(
+            f"middle_distance is {distance}; it must be at most max_distance, which is "
+            f"{max_distance}"
+        )
+    return (top_k, from_layer, distance) if top_k else (0, 0, 0)
+
+
+def _add_middle(settings: LambdaSettings) -> None:
+    """Tells the layers that have middle tokens."""
+    if settings.middle_top_k == 0:
+        return
+    # A layer that slides by itself sees no token from afar.
+    layers = [
+        layer
+        for layer in settings.layers[settings.middle_from_layer :]
+        if (layer.n_global, layer.window) == (settings.n_global, settings.window)
+    ]
+    if not layers:
+        raise ValueError(
+            f"middle_from_layer is {settings.middle_from_layer}, but this model has "
+            f"{len(settings.layers)} layers, and from there on none that does not slide by itself; "
+            "choose an earlier layer"
+        )
+    for layer in layers:
+        layer.middle_top_k = settings.middle_top_k
+        layer.middle_distance = settings.middle_distance
+
+
 def _resolve_layers(
     decoder: Any, family: Family, n_global: int, window: int, max_distance: int
 ) -> list[LayerSettings]:
@@ -546,6 +574,9 @@ def patch_model(
     n_global: int = 16,
     window: int | None = None,
     max_distance: int | None = None,
+    middle_top_k: int = 0,
+    middle_from_layer: int = 4,
+    middle_distance: int | None = None,
 ) -> Model:
     """Gives a transformers causal LM Λ attention (design.md section 2), in place.
 
@@ -560,6 +591,11 @@ def patch_model(
             is the training length, or the shorter window over which all layers slide.
         max_distance: no larger distance enters the attention; at least `window`, which is the
             default.
+        middle_top_k: so many keys between the global tokens and the window, for each head those
+            with the largest score, join the softmax of a forward's last query (middle.py; the paper
+            takes 5). The cache then keeps all keys and values and grows with the text. 0: none.
+        middle_from_layer: the first layer that does so, counted from 0.
+        middle_distance: at which these keys are met, at most max_distance; None is half of that.
 
     Returns:
         `model`. Patching again with the same settings changes nothing.
@@ -571,12 +607,15 @@ def patch_model(
     """
     decoder, family = find_decoder(model)
     lengths = _resolve_lengths(decoder, family, n_global, window, max_distance)
+    middle = _resolve_middle(lengths[2], middle_top_k, middle_from_layer, middle_distance)
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
     if patch is None:
         layers = _resolve_layers(decoder, family, *lengths)
-        _Patch(model, decoder, family, LambdaSettings(*lengths, layers))
+        settings = LambdaSettings(*lengths, layers, *middle)
+        _add_middle(settings)
+        _Patch(model, decoder, family, settings)
         return model
-    asked, is_now = LambdaSettings(*lengths, []), patch.settings
+    asked, is_now = LambdaSettings(*lengths, [], *middle), patch.settings
     if str(asked) != str(is_now):
         raise ValueError(
             f"this {type(model).__name__} is patched with {is_now} and cannot be patched with "

@@ -1,14 +1,16 @@
-"""The plot of an evaluation: loss by position beside the memory of the caches."""
+"""The plots: loss by position beside the memory of the caches, and passkeys found."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lminf_cuda.evaluate import CUT, LM_INFINITE, VANILLA, Evaluation
+from lminf_cuda.passkey import Cell
 
 BUCKETS_PER_OCTAVE = 8
 COLORS = {VANILLA: "#c4453c", LM_INFINITE: "#1f5fa8", CUT: "#f0b64d"}
@@ -118,5 +120,38 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
         fontsize=10,
     )
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def plot_passkey(results: dict[str, list[Cell]], title: str, path: Path) -> None:
+    """Write a PNG: a heat map of accuracy by length and depth for each method."""
+    figure = Figure(figsize=(2 + 4 * len(results), 4), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    image: Any = None
+    for axes, (method, cells) in zip(panels, results.items(), strict=True):
+        lengths = sorted({cell.length for cell in cells})
+        depths = sorted({cell.depth for cell in cells})
+        grid = np.empty((len(depths), len(lengths)))
+        for cell in cells:
+            row, column = depths.index(cell.depth), lengths.index(cell.length)
+            grid[row, column] = cell.accuracy
+            axes.text(
+                column,
+                row,
+                f"{cell.accuracy:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if cell.accuracy > 0.6 else "white",
+            )
+        image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("tokens of the prompt")
+        axes.set_title(method, fontsize=10)
+    panels[0].set_ylabel("where the key stands (0%: beginning)")
+    figure.suptitle(title, fontsize=10)
+    figure.colorbar(image, ax=list(panels), label="keys found", format="{x:.0%}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["clamped_rope", "lambda_attention", "lambda_decode"]
+__all__ = ["clamped_rope", "lambda_attention", "lambda_decode", "middle_topk"]
 
 
 def _rotate(
@@ -315,3 +315,97 @@ def lambda_decode(
     s_global = score(q, global_k, p, global_pos)
     values = torch.cat([ring_v, global_v], dim=2)
     return _attend(torch.cat([s_ring, s_global], dim=-1), visible, values, sink_logits)
+
+
+def middle_topk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lambda_out: Tensor,
+    lambda_lse: Tensor,
+    positions: Tensor,
+    n_global: int,
+    window: int,
+    top_k: int,
+    distance: int,
+    *,
+    inv_freq: Tensor | None = None,
+    rope_scaling: float = 1.0,
+    rope_interleaved: bool = False,
+    alibi_slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    k_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds middle tokens to the Λ attention of one query of each row (arXiv 2308.16137, sec. 4.2).
+
+    Of the keys at positions n_global .. i - window, which Λ attention does not show to the query at
+    position i, each head takes the `top_k` with the largest score at distance `distance`, and they
+    join the softmax at that distance. A row with fewer such keys stays as it is.
+
+    Args:
+        q: [B, Hq, 1, D], un-rotated.
+        k: [B, Hkv, Sk, D], un-rotated; Hq is a multiple of Hkv.
+        v: [B, Hkv, Sk, D].
+        lambda_out: [B, Hq, 1, D], what lambda_attention gives for the query.
+        lambda_lse: [B, Hq, 1], its lse.
+        positions: int64 [B], the query's position; a row with a negative one stays as it is.
+        n_global: as in lambda_attention, and so for the options that are not named here.
+        window: as n_global.
+        top_k: keys that join; at least 1.
+        distance: at which they are met; at least 0.
+        sink_logits: [Hq], the term that `lambda_out` has in its denominator already.
+        k_start: int64 [B], position of each row's first key; 0 by default.
+
+    Returns:
+        out [B, Hq, 1, D] and lse [B, Hq, 1], as in lambda_attention, and the positions that joined,
+        int64 [B, Hq, top_k], the largest score first and -1 for none.
+    """
+    batch, heads, seqlen_k = q.shape[0], q.shape[1], k.shape[2]
+    score = _Score(
+        max_distance=distance,
+        inv_freq=inv_freq,
+        rope_scaling=rope_scaling,
+        rope_interleaved=rope_interleaved,
+        alibi_slopes=alibi_slopes,
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        softcap=softcap,
+    )
+    # The query at position `distance` meets every key at position 0.
+    q_pos = positions.new_full((batch, 1), distance)
+    s = score(q, k, q_pos, positions.new_zeros((batch, seqlen_k)))[:, :, 0]  # [B, Hq, Sk]
+
+    index = torch.arange(seqlen_k, device=q.device).expand(batch, -1)
+    k_pos = index if k_start is None else k_start[:, None] + index
+    is_middle = (k_pos >= n_global) & (positions[:, None] - k_pos >= window)
+    is_middle &= is_middle.sum(-1, keepdim=True) >= top_k
+    s = s.masked_fill(~is_middle[:, None] | s.isnan(), -math.inf)
+    if seqlen_k < top_k:  # no row has enough
+        s = torch.cat([s, s.new_full((batch, heads, top_k - seqlen_k), -math.inf)], dim=-1)
+        k_pos = torch.cat([k_pos, k_pos.new_zeros(batch, top_k - seqlen_k)], dim=-1)
+        v = torch.cat([v, v.new_zeros(*v.shape[:2], top_k - seqlen_k, v.shape[3])], dim=2)
+    best, slot = (x[..., :top_k] for x in s.sort(dim=-1, descending=True, stable=True))
+    chosen = k_pos[:, None].expand(-1, heads, -1).gather(-1, slot).masked_fill(best.isinf(), -1)
+
+    # The Λ result stands for one key with score lambda_lse. The sink is in its denominator, so its
+    # value is what it would be without one.
+    v = v.repeat_interleave(heads // v.shape[1], dim=1)
+    values = v.gather(2, slot[..., None].expand(-1, -1, -1, v.shape[3]))
+    values = values.masked_fill(chosen[..., None] < 0, 0.0)
+    lambda_lse = lambda_lse.to(s.dtype)
+    without_sink = lambda_out
+    if sink_logits is not None:
+        sink = sink_logits.to(s.dtype)[None, :, None]
+        without_sink = lambda_out * (1.0 + (sink - lambda_lse).exp())[..., None]
+        without_sink = without_sink.masked_fill(lambda_lse.isinf()[..., None], 0.0)
+    scores = torch.cat([lambda_lse, best], dim=-1)[:, :, None]  # [B, Hq, 1, 1 + top_k]
+    values = torch.cat([without_sink, values], dim=2)
+    lse = torch.logsumexp(scores.to(torch.promote_types(s.dtype, torch.float32)), dim=-1)
+    if sink_logits is not None:
+        sink = sink[..., None].expand(batch, -1, -1, -1)
+        scores = torch.cat([scores, sink], dim=-1)
+        values = torch.cat([values, torch.zeros_like(lambda_out)], dim=2)
+    p = scores.softmax(dim=-1).nan_to_num(0.0)
+    is_changed = (chosen[..., :1] >= 0)[..., None]
+    return torch.where(is_changed, p @ values, lambda_out), lse, chosen

@@ -352,3 +352,68 @@ def test_compiled_decode_is_one_graph() -> None:
     assert graphs.frame_count <= 2
     assert_close(torch.cat(logits, 1), model(ids, use_cache=False).logits)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_sliding"])
+@pytest.mark.parametrize("when", ["before", "within", "beyond"])
+@pytest.mark.parametrize("removed", [1, 2, 8, 9])
+def test_crop_takes_back_what_is_recorded(name: str, when: str, removed: int) -> None:
+    """Over several forwards, one of them longer than the ring, and again after the first crop."""
+    model = patched(name)
+    ids = tokens(2, 60)
+    cache = LambdaCache(model)
+    seen = {"before": 0, "within": 7, "beyond": 25}[when]
+    if seen:
+        run(model, ids[:, :seen], [seen], cache)
+    cache.activate_past_recording(8)
+    run(model, ids[:, seen : seen + 25], [20, 1, 1, 3], cache)
+    seen += 25
+    for more in ([1, 1, 1], [5], [20]):
+        cache.crop(-removed)
+        seen -= removed
+        assert cache.get_seq_length() == seen
+        branch = tokens(2, sum(more), seed=seen)
+        ids = torch.cat([ids[:, :seen], branch], 1)
+        expected = model(ids, use_cache=False).logits[:, seen:]
+        assert_close(run(model, branch, more, cache), expected)
+        seen += sum(more)
+        extra = tokens(2, 9, seed=1)  # so that there is enough to take back again
+        run(model, extra, [9], cache)
+        ids, seen = torch.cat([ids, extra], 1), seen + 9
+
+
+def test_crop_of_left_padded_rows() -> None:
+    model = patched()
+    ids, mask = left_padded([3, 14, 20], 20)
+    cache = LambdaCache(model)
+    cache.activate_past_recording(6)
+    run(model, ids, [20], cache, mask)
+    more = tokens(3, 10, seed=1)
+    mask = torch.cat([mask, torch.ones_like(more)], 1)
+    run(model, more[:, :6], [6], cache, mask)
+    cache.crop(-5)
+    text = torch.cat([ids, more[:, :1], more[:, 2:]], 1)
+    mask = mask[:, : text.shape[1]]
+    logits = run(model, more[:, 2:], [1, 7], cache, mask)
+    expected = model(text, attention_mask=mask, use_cache=False).logits[:, 21:]
+    assert_close(logits, expected)
+
+
+def test_recording_costs_its_slots_once() -> None:
+    model = patched()
+    cache = LambdaCache(model)
+    run(model, tokens(1, 30), [30], cache)
+    before = cache.memory_bytes()
+    cache.activate_past_recording(6)
+    assert cache.memory_bytes() == before * (N_GLOBAL + WINDOW + 6) // (N_GLOBAL + WINDOW)
+    cache.activate_past_recording(3)
+    assert [layer.capacity for layer in cache.layers] == [WINDOW + 6] * 2
+    with pytest.raises(RuntimeError, match=r"crop\(-9\) removes 9 of 30 .*past_recording\(9\)"):
+        cache.crop(-9)  # they were gone before
+    cache.reset()
+    ids = tokens(1, 40)
+    run(model, ids, [40], cache)
+    cache.crop(-7)
+    assert_close(run(model, ids[:, 33:], [1, 6], cache), model(ids, use_cache=False).logits[:, 33:])
+    with pytest.raises(ValueError, match="tokens is 0; it must be at least 1"):
+        cache.activate_past_recording(0)

@@ -137,8 +137,8 @@ def test_cpp_tests_pass():
 
 @pytest.mark.slow
 def test_more_batch_entries_times_heads_than_a_grid_is_high():
-    """65,535 is the limit of a grid's second and third dimension. All but the first and last entries
-    are padding, whose blocks have next to nothing to do."""
+    """65,535 is the limit of a grid's second and third dimension. All but the first and the last
+    entry are padding, whose blocks have next to nothing to do."""
     batch = 66_000
     q, k, v = randn(5, *[(batch, 1, 1, 8)] * 3, dtype=torch.bfloat16)
     k_start = torch.full((batch,), -1)

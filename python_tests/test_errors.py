@@ -242,6 +242,53 @@ def test_lambda_decode(change, text):
     assert all(not arguments[name].any() for name in ("ring_k", "ring_v", "global_k", "global_v"))
 
 
+def middle_arguments():
+    return {
+        "q": zeros(B, HQ, 1, D),
+        "k": zeros(B, HKV, 20, D),
+        "v": zeros(B, HKV, 20, D),
+        "lambda_out": zeros(B, HQ, 1, D),
+        "lambda_lse": zeros(B, HQ, 1),
+        "positions": torch.tensor([19, 12]),
+        "n_global": G,
+        "window": 4,
+        "top_k": 5,
+        "distance": 2,
+    }
+
+
+MIDDLE_CASES = [
+    ({"q": zeros(B, HQ, 2, D)}, "q has shape [2, 4, 2, 8], but must be [B, Hq, 1, D]"),
+    ({"k": zeros(B, HKV, D)}, "k has shape [2, 2, 8], but must have 4 dimensions"),
+    ({"v": zeros(B, HKV, 19, D)}, "v has shape [2, 2, 19, 8], but must be the shape of k"),
+    ({"v": zeros(B, HKV, 20, D).half()}, "v has dtype float16, but q has float32"),
+    ({"q": zeros(B, HKV + 1, 1, D), "lambda_out": zeros(B, HKV + 1, 1, D)}, "[2, 4, 1]"),
+    ({"lambda_out": zeros(B, HQ, 1, D + 1)}, "lambda_out has shape [2, 4, 1, 9], but must be"),
+    ({"lambda_lse": zeros(B, HQ, 1).half()}, "lambda_lse has dtype float16, but must be float32"),
+    ({"lambda_lse": zeros(B, HQ)}, "lambda_lse has shape [2, 4], but must be [B, Hq, 1]"),
+    ({"positions": zeros(B).int()}, "positions has dtype int32, but must be int64"),
+    ({"positions": torch.tensor([0, 2**31])}, "positions[1] is 2147483648, but positions must"),
+    ({"k_start": torch.tensor([0, -(2**31)])}, "k_start[1] is -2147483648, but positions must"),
+    ({"k_start": zeros(B + 1).long()}, "k_start has shape [3], but must be [B] = [2]"),
+    ({"positions": zeros(B, device="meta").long()}, "the tensors are on cpu and meta"),
+    ({"n_global": -1}, "n_global is -1, but must be at least 0"),
+    ({"window": 0}, "window is 0, but must be at least 1"),
+    ({"top_k": 0}, "top_k is 0, but must be at least 1"),
+    ({"distance": -1}, "distance is -1, but must be at least 0"),
+    ({"distance": 2**31}, "distance is 2147483648, but must be at least 0 and below 2^31"),
+    ({"inv_freq": zeros(D)}, "inv_freq has 8 frequencies, but must have 1 to 4"),
+    ({"softcap": -0.5}, "softcap is -0.5, but must be 0 (none) or a positive finite number"),
+    ({"sink_logits": zeros(HQ + 1)}, "sink_logits has shape [5], but must be [Hq] = [4]"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), MIDDLE_CASES, ids=[text for _, text in MIDDLE_CASES])
+def test_middle_topk(change, text):
+    with pytest.raises(ValueError, match=r"^middle_topk: ") as error:
+        torch.ops.lminf.middle_topk(**middle_arguments() | change)
+    assert text in str(error.value)
+
+
 ROPE_CASES = [
     ({"x": zeros(HQ, SQ, D)}, "x has shape [4, 6, 8], but must have 4 dimensions [B, H, S, D]"),
     ({"x": zeros(B, HQ, SQ, D).double()}, "x has dtype float64, but must be float32, bfloat16"),

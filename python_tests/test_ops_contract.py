@@ -84,12 +84,26 @@ def rope_samples():
     yield "strided positions", (x, torch.arange(10)[::2], torch.rand(4)), {}
 
 
+def middle_samples():
+    f, heads = torch.rand(4), torch.rand(4)
+    for name, dtype, positions, kwargs in [
+        ("plain", torch.float32, [11, 30], {}),
+        ("all options", torch.float32, [11, 3], {"alibi_slopes": heads, "sink_logits": heads}),
+        ("own first keys", torch.bfloat16, [40, -1], {"k_start": torch.tensor([29, -20])}),
+    ]:
+        q, k, v = qkv(2, 4, 2, 1, 12, 16, dtype)
+        rest = (torch.zeros(2, 4, 1), torch.tensor(positions), 2, 3, 5, 4)
+        yield name, (q, k, v, torch.zeros_like(q), *rest), {"inv_freq": f, **kwargs}
+        yield f"{name}, transposed", (*transposed(q, k, v, q), *rest), {"inv_freq": f, **kwargs}
+
+
 SAMPLES = [
     pytest.param(op, args, kwargs, id=f"{op}, {name}")
     for op, samples in [
         ("lambda_attn", attn_samples),
         ("lambda_decode", decode_samples),
         ("clamped_rope", rope_samples),
+        ("middle_topk", middle_samples),
     ]
     for name, args, kwargs in samples()
 ]
@@ -116,7 +130,7 @@ def test_fake_kernels_tell_shape_strides_and_dtype(op, args, kwargs):
         assert ours.stride() == told.stride()
 
 
-@pytest.mark.parametrize("op", ["lambda_attn", "lambda_decode", "clamped_rope"])
+@pytest.mark.parametrize("op", ["lambda_attn", "lambda_decode", "clamped_rope", "middle_topk"])
 def test_tags(op):
     tags = getattr(lminf, op).default.tags
     assert torch.Tag.pt2_compliant_tag in tags

@@ -97,6 +97,13 @@ LMINF_HD Branch far_branch(Range keys, int64_t n_global, int64_t max_distance) {
           {max64(keys.lo, 0), min64(keys.hi, n_global)}};
 }
 
+// The keys between the global tokens and the window of the query at position i, which no branch
+// shows to it.
+LMINF_HD Range middle_keys(Range keys, int64_t i, int64_t n_global, int64_t window) {
+  return intersect({max64(n_global, 0), i - min64(window, kUnbounded) + 1},
+                   {max64(keys.lo, 0), keys.hi});
+}
+
 // The tiles that one tile of the other side meets, by index from `origin` on: [begin, end) are
 // visited, of these [full_begin, full_end) need no mask. Everything outside [begin, end) is
 // skipped.

@@ -12,6 +12,6 @@ LMINF_END_TARGET
 namespace lminf::cpu {
 extern const Kernels k_avx2;
 const Kernels k_avx2 = {"avx2", avx2::run_lambda_attn, avx2::run_lambda_decode,
-                        avx2::run_clamped_rope};
+                        avx2::run_clamped_rope, avx2::run_middle_topk};
 }  // namespace lminf::cpu
 #endif

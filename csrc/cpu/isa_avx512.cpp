@@ -12,6 +12,6 @@ LMINF_END_TARGET
 namespace lminf::cpu {
 extern const Kernels k_avx512;
 const Kernels k_avx512 = {"avx512", avx512::run_lambda_attn, avx512::run_lambda_decode,
-                          avx512::run_clamped_rope};
+                          avx512::run_clamped_rope, avx512::run_middle_topk};
 }  // namespace lminf::cpu
 #endif

@@ -12,6 +12,7 @@ LMINF_END_TARGET
 namespace lminf::cpu {
 extern const Kernels k_avx512_bf16;
 const Kernels k_avx512_bf16 = {"avx512_bf16", avx512_bf16::run_lambda_attn,
-                               avx512_bf16::run_lambda_decode, avx512_bf16::run_clamped_rope};
+                               avx512_bf16::run_lambda_decode, avx512_bf16::run_clamped_rope,
+                               avx512_bf16::run_middle_topk};
 }  // namespace lminf::cpu
 #endif

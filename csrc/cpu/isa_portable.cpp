@@ -8,5 +8,5 @@
 namespace lminf::cpu {
 extern const Kernels k_portable;
 const Kernels k_portable = {"portable", portable::run_lambda_attn, portable::run_lambda_decode,
-                            portable::run_clamped_rope};
+                            portable::run_clamped_rope, portable::run_middle_topk};
 }  // namespace lminf::cpu

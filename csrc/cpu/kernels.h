@@ -29,6 +29,7 @@ struct Kernels {
   void (*lambda_attn)(const LambdaAttnParams&, const Threads&);
   void (*lambda_decode)(const LambdaDecodeParams&, const Threads&);
   void (*clamped_rope)(const ClampedRopeParams&, const Threads&);
+  void (*middle_topk)(const MiddleTopkParams&, const Threads&);
 };
 
 // The best table this machine can run, or the one named by the environment variable LMINF_CPU_ISA,

@@ -18,6 +18,7 @@ namespace lminf::cpu::LMINF_ISA {
 #endif
 #include "lambda_decode.h"
 #include "clamped_rope.h"
+#include "middle_topk.h"
 // clang-format on
 
 inline Rotary rotary_of(const RopeParams& rope, const Frequencies& frequencies) {
@@ -61,6 +62,13 @@ inline void run_clamped_rope(const ClampedRopeParams& p, const Threads& threads)
   const Rotary rotary = rotary_of(p.rope, frequencies);
   with_element_type(p.dtype,
                     [&](auto element) { clamped_rope<decltype(element)>(p, rotary, threads); });
+}
+
+inline void run_middle_topk(const MiddleTopkParams& p, const Threads& threads) {
+  const Frequencies frequencies(p.rope);
+  const Rotary rotary = rotary_of(p.rope, frequencies);
+  with_element_type(p.dtype,
+                    [&](auto element) { MiddleTopk<decltype(element)>(p, rotary).run(threads); });
 }
 
 }  // namespace lminf::cpu::LMINF_ISA

@@ -14,34 +14,17 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kHeadsPerThread = 8;
 
-template <typename T, int kVec>
-struct Elements {
-  T values[kVec];
-};
-template <typename T>
-struct alignas(16) Elements<T, kChunkElements<T>> {
-  T values[kChunkElements<T>];
-};
-
-template <typename T>
-LMINF_DEVICE void rotate(CosSin angle, T& first, T& second) {
-  float u = to_float(first), v = to_float(second);
-  rotate_pair(angle, u, v);
-  first = from_float<T>(u);
-  second = from_float<T>(v);
-}
-
 // The pairs (2t, 2t + 1) of two runs laid end to end.
-template <typename T, int kVec>
-LMINF_DEVICE void rotate_neighbours(const CosSin (&angle)[kVec], Elements<T, kVec>& a,
-                                    Elements<T, kVec>& c) {
+template <int kVec>
+LMINF_DEVICE void rotate_neighbours(const CosSin (&angle)[kVec], float (&a)[kVec],
+                                    float (&c)[kVec]) {
   if constexpr (kVec == 1) {
-    rotate(angle[0], a.values[0], c.values[0]);
+    rotate_pair(angle[0], a[0], c[0]);
   } else {
 #pragma unroll
     for (int e = 0; e < kVec / 2; ++e) {
-      rotate(angle[e], a.values[2 * e], a.values[2 * e + 1]);
-      rotate(angle[kVec / 2 + e], c.values[2 * e], c.values[2 * e + 1]);
+      rotate_pair(angle[e], a[2 * e], a[2 * e + 1]);
+      rotate_pair(angle[kVec / 2 + e], c[2 * e], c[2 * e + 1]);
     }
   }
 }
@@ -75,7 +58,7 @@ LMINF_DEVICE int64_t row_position(const RotateParams& p, int64_t b, int64_t n) {
 
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads) rotate_rows_kernel(const RotateParams p) {
-  using Vec = Elements<T, kVec>;
+  using Vec = Packed<T, kVec>;
   const int half = p.rope.rotary_dim / 2;
   const int64_t pair_units = half / kVec;
   const int64_t units = pair_units + (p.head_dim - p.rope.rotary_dim) / kVec;
@@ -128,12 +111,17 @@ __global__ void __launch_bounds__(kThreads) rotate_rows_kernel(const RotateParam
     Vec a = load_global(reinterpret_cast<const Vec*>(from + run_a));
     Vec c = load_global(reinterpret_cast<const Vec*>(from + run_b));
     if (!copied) {
+      float first[kVec], second[kVec];
+      unpack_elements<T, kVec>(a, first);
+      unpack_elements<T, kVec>(c, second);
       if (p.rope.interleaved) {
-        rotate_neighbours(angle, a, c);
+        rotate_neighbours(angle, first, second);
       } else {
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) rotate(angle[e], a.values[e], c.values[e]);
+        for (int e = 0; e < kVec; ++e) rotate_pair(angle[e], first[e], second[e]);
       }
+      a = pack_elements<T, kVec>(first);
+      c = pack_elements<T, kVec>(second);
     }
     store_global(reinterpret_cast<Vec*>(to + run_a), a);
     store_global(reinterpret_cast<Vec*>(to + run_b), c);

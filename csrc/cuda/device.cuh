@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(LMINF_EMULATION)
 #include "../emulation/device.h"
@@ -74,6 +76,19 @@ LMINF_DEVICE uint32_t pack<fp16>(float low, float high) {
          (static_cast<uint32_t>(__half_as_ushort(__high2half(v))) << 16);
 }
 
+template <typename T>
+LMINF_DEVICE void unpack(uint32_t packed, float& low, float& high);
+template <>
+LMINF_DEVICE void unpack<bf16>(uint32_t packed, float& low, float& high) {
+  low = __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(packed)));
+  high = __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(packed >> 16)));
+}
+template <>
+LMINF_DEVICE void unpack<fp16>(uint32_t packed, float& low, float& high) {
+  low = __half2float(__ushort_as_half(static_cast<unsigned short>(packed)));
+  high = __half2float(__ushort_as_half(static_cast<unsigned short>(packed >> 16)));
+}
+
 // Sixteen bytes, the widest access there is.
 struct alignas(16) Chunk {
   uint32_t words[4];
@@ -82,14 +97,37 @@ struct alignas(16) Chunk {
 template <typename T>
 constexpr int kChunkElements = 16 / static_cast<int>(sizeof(T));
 
-// A chunk taken apart into its elements.
-template <typename T>
-union ChunkElements {
-  Chunk chunk;
-  T elements[kChunkElements<T>];
-  LMINF_DEVICE ChunkElements() : chunk() {}
-  LMINF_DEVICE explicit ChunkElements(Chunk c) : chunk(c) {}
-};
+// kVec elements as they stand in memory: a chunk, moved in one access, or a single element.
+template <typename T, int kVec>
+using Packed = std::conditional_t<kVec == 1, T, Chunk>;
+
+template <typename T, int kVec>
+LMINF_DEVICE void unpack_elements(const Packed<T, kVec>& from, float (&to)[kVec]) {
+  if constexpr (kVec == 1) {
+    to[0] = to_float(from);
+  } else if constexpr (sizeof(T) == 4) {
+    memcpy(to, from.words, sizeof(to));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) unpack<T>(from.words[i], to[2 * i], to[2 * i + 1]);
+  }
+}
+
+template <typename T, int kVec>
+LMINF_DEVICE Packed<T, kVec> pack_elements(const float (&from)[kVec]) {
+  if constexpr (kVec == 1) {
+    return from_float<T>(from[0]);
+  } else {
+    Chunk to;
+    if constexpr (sizeof(T) == 4) {
+      memcpy(to.words, from, sizeof(from));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to.words[i] = pack<T>(from[2 * i], from[2 * i + 1]);
+    }
+    return to;
+  }
+}
 
 // --- Global memory ---
 
@@ -108,6 +146,14 @@ LMINF_DEVICE void store_global(T* address, T value) {
 #endif
   *address = value;
 }
+
+#if !defined(LMINF_EMULATION)
+// One access of sixteen bytes, also when the words come one by one from registers.
+LMINF_DEVICE void store_global(Chunk* address, Chunk value) {
+  __stwb(reinterpret_cast<uint4*>(address),
+         make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]));
+}
+#endif
 
 // --- Shared memory ---
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kStages = 2;
 
-// Accumulators take head dim / 2 registers; shared memory is 68 KiB at 128, three blocks an SM of
+// Accumulators take head dim / 2 registers; shared memory is 69 KiB at 128, three blocks an SM of
 // sm_90.
 template <typename T, int kHeadDim_>
 struct DecodeTraits {

@@ -205,6 +205,25 @@ void far_out_positions() {
   }
 }
 
+// The keys at positions from 0 on, not after the query, that it does not see.
+void middle_keys_are_the_invisible_ones() {
+  for (int64_t first = -6; first <= 6; ++first) {
+    for (int64_t n_global : {0, 1, 4, 30}) {
+      for (const int64_t window : {int64_t{1}, int64_t{3}, int64_t{9}, kUnbounded}) {
+        for (int64_t i = 0; i < 24; ++i) {
+          const Range keys = {first, first + 20};
+          const Range middle = middle_keys(keys, i, n_global, window);
+          for (int64_t j = keys.lo; j < keys.hi; ++j) {
+            const bool is_middle = j >= 0 && j <= i && !visible(i, j, n_global, window);
+            CHECK(is_middle == (j >= middle.lo && j < middle.hi),
+                  "query " + std::to_string(i) + ", key " + std::to_string(j));
+          }
+        }
+      }
+    }
+  }
+}
+
 void division() {
   for (int64_t a = -20; a <= 20; ++a) {
     for (int64_t b = 1; b <= 7; ++b) {
@@ -223,5 +242,6 @@ int main() {
   lminf::all_small_shapes();
   lminf::random_shapes();
   lminf::far_out_positions();
+  lminf::middle_keys_are_the_invisible_ones();
   return lminf::test::finish_tests("lambda_mask");
 }

@@ -12,6 +12,7 @@ using torch::stable::Device;
 void run(const LambdaAttnParams& params, const Device& device);
 void run(const LambdaDecodeParams& params, const Device& device);
 void run(const ClampedRopeParams& params, const Device& device);
+void run(const MiddleTopkParams& params, const Device& device);
 
 // The same for a CUDA device, in builds with CUDA kernels (LMINF_WITH_CUDA).
 void run_cuda(const LambdaAttnParams& params, const Device& device);

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(lminf, CPU, m) {
   m.impl("lambda_attn", TORCH_BOX(&lminf::binding::lambda_attn));
   m.impl("lambda_decode", TORCH_BOX(&lminf::binding::lambda_decode));
   m.impl("clamped_rope", TORCH_BOX(&lminf::binding::clamped_rope));
+  m.impl("middle_topk", TORCH_BOX(&lminf::binding::middle_topk));
 }
 
 namespace {

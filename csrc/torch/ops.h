@@ -29,4 +29,12 @@ std::tuple<Tensor, Tensor> lambda_decode(
 Tensor clamped_rope(const Tensor& x, const Tensor& position_ids, const Tensor& inv_freq,
                     std::optional<int64_t> max_position, double scaling, bool interleaved);
 
+std::tuple<Tensor, Tensor, Tensor> middle_topk(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lambda_out,
+    const Tensor& lambda_lse, const Tensor& positions, int64_t n_global, int64_t window,
+    int64_t top_k, int64_t distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
+    bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
+    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
+    const std::optional<Tensor>& k_start);
+
 }  // namespace lminf::binding

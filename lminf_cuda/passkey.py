@@ -1,0 +1,232 @@
+"""Passkey retrieval (arXiv 2308.16137, section 5.3): a number hidden in a long text of filler.
+
+A prompt says what to look for, repeats a few sentences until it has the length wanted, names the
+key once at some depth, and asks for it at the end. A method's accuracy at a length and depth is the
+share of keys that it writes first when it goes on greedily.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lminf_cuda.cache import LambdaCache
+from lminf_cuda.generate import prefill
+from lminf_cuda.patches import patch_model, unpatch_model
+
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n"
+)
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field of the grid.
+
+    Attributes:
+        length: tokens of the prompt.
+        depth: where the key stands, 0 at the beginning and 1 at the end.
+        trials: keys that were asked for.
+        found: keys that were written.
+    """
+
+    length: int
+    depth: float
+    trials: int
+    found: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of keys that were found."""
+        return self.found / self.trials
+
+
+class Prompts:
+    """Builds prompts of an exact length, token by token.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """See the class."""
+        self.tokenizer = tokenizer
+        bos = getattr(tokenizer, "bos_token_id", None)
+        self.begin = ([] if bos is None else [bos]) + self._tokens(INTRODUCTION)
+        self.filler = self._tokens(FILLER)
+        self.question = self._tokens(QUESTION)
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def shortest(self) -> int:
+        """Tokens of a prompt without filler, for the longest of a few keys."""
+        keys = ("10000", "77777", "98765")
+        needle = max(len(self._tokens(NEEDLE.format(key=key))) for key in keys)
+        return len(self.begin) + needle + len(self.question)
+
+    def prompt(self, length: int, depth: float, key: str) -> list[int]:
+        """The `length` token ids of a prompt with `key` at `depth`.
+
+        Raises ValueError when the fixed parts alone are longer.
+        """
+        needle = self._tokens(NEEDLE.format(key=key))
+        n_filler = length - len(self.begin) - len(needle) - len(self.question)
+        if n_filler < 0:
+            raise ValueError(
+                f"a prompt of {length} tokens has no room for the key: the shortest has "
+                f"{length - n_filler} with this tokenizer; give larger lengths"
+            )
+        before = round(depth * n_filler)
+        filler = (self.filler * (n_filler // len(self.filler) + 1))[:n_filler]
+        return self.begin + filler[:before] + needle + filler[before:] + self.question
+
+    def answer_tokens(self) -> int:
+        """So many tokens hold a key and what may stand before it."""
+        return len(self._tokens(" 98765")) + 3
+
+
+@torch.inference_mode()
+def write_on(model: Any, prompts: Tensor, n_tokens: int, chunk: int) -> Tensor:
+    """The greedy continuation of `prompts` int64 [B, n]: int64 [B, n_tokens].
+
+    A patched model reads them in chunks through a LambdaCache, another one at once.
+    """
+    options: dict[str, Any] = {}
+    if hasattr(model, "_lminf_settings"):
+        options["past_key_values"] = LambdaCache(model)
+        prefill(model, prompts, chunk, options["past_key_values"])
+    output: Tensor = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        do_sample=False,
+        **options,
+    )
+    return output[:, prompts.shape[1] :]
+
+
+def check_grid(prompts: Prompts, lengths: Sequence[int], depths: Sequence[float]) -> None:
+    """Raises ValueError for an empty grid, a depth outside [0, 1] or a length that is too short."""
+    if not lengths or not depths:
+        raise ValueError("the grid is empty; give at least one length and one depth")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depth {depth:g} is outside of 0 (the beginning) to 1 (the end)")
+    if min(lengths) < prompts.shortest():
+        raise ValueError(
+            f"length {min(lengths)} is too short; the prompt without filler takes "
+            f"{prompts.shortest()} tokens with this tokenizer"
+        )
+
+
+def retrieve(
+    model: Any,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    trials: int = 5,
+    chunk: int = 1024,
+    seed: int = 0,
+    label: str = "passkey",
+) -> list[Cell]:
+    """Asks for a random key at every length and depth, `trials` times, in one batch each.
+
+    Args:
+        model: a causal LM in eval mode, patched or not.
+        lengths: tokens of the prompts.
+        depths: from 0 to 1.
+        trials: 1 or more.
+        chunk: tokens of the prompt per forward, in a patched model.
+        seed: of the keys.
+
+    Raises ValueError when an option is out of range.
+    """
+    if trials < 1:
+        raise ValueError(f"trials must be 1 or more, got {trials}")
+    prompts = Prompts(tokenizer)
+    check_grid(prompts, lengths, depths)
+    generator = torch.Generator().manual_seed(seed)
+    cells = []
+    grid = [(length, depth) for length in lengths for depth in depths]
+    for length, depth in tqdm(grid, desc=label, unit="cell", leave=False, disable=None):
+        low, high = 10 ** (DIGITS - 1), 10**DIGITS
+        keys = [str(int(torch.randint(low, high, (), generator=generator))) for _ in range(trials)]
+        rows = [prompts.prompt(length, depth, key) for key in keys]
+        ids = torch.tensor(rows, device=model.device)
+        answers = write_on(model, ids, prompts.answer_tokens(), chunk)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        found = sum(text.strip().startswith(key) for text, key in zip(texts, keys, strict=True))
+        cells.append(Cell(length, depth, trials, found))
+    return cells
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    vanilla: bool = False,
+    patch: dict[str, Any],
+    **options: Any,
+) -> dict[str, list[Cell]]:
+    """`retrieve` with LM-Infinite, with its middle tokens if it has some, and with vanilla.
+
+    Args:
+        model: an unpatched causal LM; it is unpatched again on return.
+        vanilla: whether the unpatched model is asked, too.
+        patch: the arguments of `patch_model`.
+        options: of `retrieve`.
+
+    Returns: the cells of each method.
+    """
+    methods: dict[str, dict[str, Any]] = {}
+    if patch.get("middle_top_k"):
+        methods["LM-Infinite, middle tokens"] = patch
+    no_middle = {name: x for name, x in patch.items() if not name.startswith("middle_")}
+    methods["LM-Infinite"] = no_middle
+    results = {}
+    for name, arguments in methods.items():
+        patch_model(model, **arguments)
+        try:
+            results[name] = retrieve(model, tokenizer, lengths, depths, label=name, **options)
+        finally:
+            unpatch_model(model)
+    if vanilla:
+        results["vanilla"] = retrieve(model, tokenizer, lengths, depths, label="vanilla", **options)
+    return results
+
+
+def write_results(results: dict[str, list[Cell]], settings: dict[str, Any], folder: Path) -> None:
+    """Write passkey.csv (one line a cell) and passkey.json (cells and settings)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"method": method, **asdict(cell), "accuracy": cell.accuracy}
+        for method, cells in results.items()
+        for cell in cells
+    ]
+    with (folder / "passkey.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    facts = {"settings": settings, "cells": rows}
+    (folder / "passkey.json").write_text(json.dumps(facts, indent=2) + "\n")
