@@ -229,6 +229,19 @@ def all_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+_UPSTREAM = """\
+## What transformers itself gets wrong
+
+- falcon with `alibi=True` and eager attention: its bias is in the mask and added to the scores
+  again, so that it counts twice (5.23). sdpa counts it once, and so does a patch.
+- gptj, mpt: unpatched, a text beyond `n_positions` or `max_seq_len` raises an error in a table
+  look-up or an addition of two shapes. Patched, neither table is read.
+- 5.4 with a new huggingface_hub: the default configs of cohere2, ernie4_5, ernie4_5_moe, olmo,
+  olmo2, olmo3, olmoe and phimoe are refused (StrictDataclassFieldValidationError: a bool where an
+  int is declared).
+"""
+
+
 def table(rows: dict[str, tuple[str, str]]) -> str:
     """docs/families.md."""
     names = {
@@ -260,6 +273,7 @@ def table(rows: dict[str, tuple[str, str]]) -> str:
         "| --- | --- |",
         *(f"| {reason} | {', '.join(found)} |" for reason, found in sorted(reasons.items())),
         "",
+        _UPSTREAM,
     ]
     return "\n".join(lines)
 
