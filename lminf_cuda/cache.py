@@ -55,6 +55,7 @@ class LayerSettings:
         window: so many keys, the query's own included, are seen behind every query.
         max_distance: no larger distance enters a score.
         rope: the layer's rotation, or None for a layer without one.
+        slopes: ALiBi slopes, float32 [Hq], or None.
         middle_top_k: so many keys of the middle join the last query of a forward; 0 for none.
         middle_distance: at which they are met.
     """
@@ -63,6 +64,7 @@ class LayerSettings:
     window: int
     max_distance: int
     rope: Rope | None
+    slopes: Tensor | None = None
     middle_top_k: int = 0
     middle_distance: int = 0
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
@@ -76,8 +78,17 @@ class LayerSettings:
                 options["inv_freq"] = self.rope.inv_freq_on(device)
                 options["rope_scaling"] = self.rope.scaling
                 options["rope_interleaved"] = self.rope.interleaved
+            if self.slopes is not None:
+                options["alibi_slopes"] = self.slopes.to(device)
             self._options[device] = options
         return options
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Queries or keys x [B, H, S, D] with the dims that rotate first, as the op wants them."""
+        if self.rope is None or not self.rope.rotates_last:
+            return x
+        rest = x.shape[-1] - 2 * self.rope.inv_freq.numel()
+        return torch.cat([x[..., rest:], x[..., :rest]], dim=-1)
 
 
 @dataclass(eq=False)
@@ -211,6 +222,8 @@ class LambdaCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Hands new keys and values on as they are: the attention function stores them.
 
+        What arrives here may be something else than keys and values, as in latent attention.
+
         Raises:
             RuntimeError: called by a model that is not patched, which would attend to the new
                 tokens alone.
@@ -220,23 +233,24 @@ class LambdaCacheLayer(CacheLayerMixin):
                 "a LambdaCache works only inside the forward of the model it was made for, while "
                 "that is patched; call patch_model(model) first, or pass another cache"
             )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         """Stores one new token of each row and attends from it.
 
         Args:
             q: [B, Hq, 1, D], un-rotated.
             k, v: [B, Hkv, 1, D], un-rotated.
             positions: int64 [B]; negative in a row whose new token is padding.
-            scale: of <q, k>.
+            options: of the op, those of the layer's settings among them.
 
         Returns:
             [B, Hq, 1, D].
         """
-        settings = self.settings
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
         out, lse = torch.ops.lminf.lambda_decode.default(
             q,
             k,
@@ -246,14 +260,20 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.global_k,
             self.global_v,
             positions,
-            settings.window,
-            scale=scale,
-            **settings.options(q.device),
+            self.settings.window,
+            **options,
         )
-        return self._with_middle(q, k, v, positions, out, lse, scale)
+        return self._with_middle(q, k, v, positions, out, lse, options)
 
     def _with_middle(
-        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, out: Tensor, lse: Tensor, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        options: dict[str, Any],
     ) -> Tensor:
         """Keeps the new keys and values for later, and adds middle tokens to the last query."""
         if self.middle is None:
@@ -269,11 +289,13 @@ class LambdaCacheLayer(CacheLayerMixin):
             out[:, :, -1:],
             lse[:, :, -1:],
             first + n_new - 1,
-            scale,
+            options,
         )
         return out
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, scale: float) -> Tensor:
+    def extend(
+        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         """Attends from several new tokens of each row to the kept and the new ones, and keeps them.
 
         Args:
@@ -281,14 +303,15 @@ class LambdaCacheLayer(CacheLayerMixin):
             k, v: [B, Hkv, S, D], un-rotated.
             first: int64 [B], the position of each row's first new token; negative where the row
                 begins with padding.
-            scale: of <q, k>.
+            options: of the op, those of the layer's settings among them.
 
         Returns:
             [B, Hq, S, D]; of padding, zeros.
         """
-        settings = self.settings
-        options = settings.options(q.device)
+        settings, given = self.settings, options
         n_global, window = settings.n_global, settings.window
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
         self._store_globals(k, v, first)
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)
@@ -304,11 +327,9 @@ class LambdaCacheLayer(CacheLayerMixin):
         else:
             options = options | {"k_start": first}
             all_k, all_v = k, v
-        out, lse = torch.ops.lminf.lambda_attn.default(
-            q, all_k, all_v, n_global, window, scale=scale, **options
-        )
+        out, lse = torch.ops.lminf.lambda_attn.default(q, all_k, all_v, n_global, window, **options)
         self._store_ring(k, v, first)
-        return self._with_middle(q, k, v, first, out, lse, scale)
+        return self._with_middle(q, k, v, first, out, lse, given)
 
     def _store_globals(self, k: Tensor, v: Tensor, first: Tensor) -> None:
         """Writes those of the new tokens that stand at positions below n_global."""

@@ -12,7 +12,7 @@ slot 0 takes what is padding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def add_middle_tokens(
     out: Tensor,
     lse: Tensor,
     positions: Tensor,
-    scale: float,
+    options: dict[str, Any],
     k_start: Tensor | None = None,
 ) -> Tensor:
     """The Λ attention of one query of each row, with its middle tokens added.
@@ -55,15 +55,18 @@ def add_middle_tokens(
         k, v: [B, Hkv, Sk, D], un-rotated, on any device: there the keys are chosen.
         out, lse: [B, Hq, 1, D] and [B, Hq, 1], of Λ attention.
         positions: int64 [B], of the queries; a row with a negative one stays as it is.
-        scale: of <q, k>.
+        options: of the op lambda_attn on the device of q, those of `settings` among them.
         k_start: int64 [B], position of each row's first key; 0 by default.
 
     Returns:
         [B, Hq, 1, D] on the device of q.
     """
     check_device(k.device)
-    options = dict(settings.options(k.device))
-    del options["max_distance"]
+    moved = {
+        name: value.to(k.device) if isinstance(value, Tensor) else value
+        for name, value in options.items()
+        if name != "max_distance"
+    }
     merged, _, _ = torch.ops.lminf.middle_topk.default(
         q.to(k.device),
         k,
@@ -75,9 +78,8 @@ def add_middle_tokens(
         settings.window,
         settings.middle_top_k,
         settings.middle_distance,
-        scale=scale,
         k_start=None if k_start is None else k_start.to(k.device),
-        **options,
+        **moved,
     )
     return merged.to(q.device)
 

@@ -11,14 +11,13 @@ the AttentionInterface (design.md section 3):
   sends them to every layer as the keyword argument `lminf_forward`;
 - a hook after it tells the cache that the tokens are in.
 
-To add a family, add a line to FAMILIES when its attention differs in nothing but what `Family`
-names; python_tests/test_patches.py then compares it with the unpatched model and with the
-definition.
+families.py says which models are served and where they differ.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +31,9 @@ from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
 from .decoding import OVERRIDES, check_cache
+from .families import FAMILIES, Family, find_decoder, layer_type
 from .middle import add_middle_tokens
-from .rope import IdentityRotary, Rope, snapshot_rope, training_length
+from .rope import IdentityRotary, is_rotary, training_length
 
 __all__ = ["FAMILIES", "Family", "patch_model", "unpatch_model"]
 
@@ -42,42 +42,7 @@ Model = TypeVar("Model", bound=nn.Module)
 ATTENTION_NAME = "lminf"
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
 _LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a model type differs from Llama.
-
-    Attributes:
-        interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
-        uses_rope: of an attention module: whether the layer rotates at all.
-        plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
-            is patched.
-    """
-
-    interleaved: bool = False
-    uses_rope: Callable[[Any], bool] = lambda attention: True
-    plain_methods: tuple[str, ...] = ()
-
-
-FAMILIES: dict[str, Family] = {
-    "arcee": Family(),
-    "gemma": Family(),
-    "granite": Family(),
-    "llama": Family(),
-    "mistral": Family(),
-    "mixtral": Family(),
-    "olmo": Family(),
-    "olmo2": Family(),
-    # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
-    "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
-    "qwen2": Family(),
-    "qwen2_moe": Family(),
-    "qwen3": Family(),
-    "qwen3_moe": Family(),
-    "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
-    "starcoder2": Family(),
-}
+_STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
 
 
 # Per forward: what the hook before the decoder tells the attention function.
@@ -109,59 +74,52 @@ class ForwardState:
         return self.first.to(device)
 
 
-def _attention(
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    lminf_forward: ForwardState | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The AttentionInterface function `lminf`.
+    state: ForwardState | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Λ attention of one layer over its new tokens and what the cache holds.
 
     Args:
         module: the attention module of a patched model.
         query: [B, Hq, S, D], un-rotated.
-        key, value: [B, Hkv, S, D], un-rotated, the new tokens' only.
-        attention_mask: not used: `lminf_forward` knows the padding.
-        scaling: of <q, k>.
-        dropout: must be 0.
-        lminf_forward: from the hook before the decoder's forward.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], un-rotated, the new tokens' only.
+        state: from the hook before the decoder's forward.
+        options: scale, softcap and sink_logits of the op.
 
     Returns:
-        [B, S, Hq, D], and None for the attention weights.
+        [B, S, Hq, Dv], contiguous.
     """
     layer: LayerSettings | None = getattr(module, _LAYER_ATTRIBUTE, None)
-    if layer is None or lminf_forward is None:
+    if layer is None or state is None:
         raise RuntimeError(
             f"attention implementation {ATTENTION_NAME!r} works in a patched model only; load the "
             "model with another attn_implementation and call lminf_cuda.patch_model(model)"
-        )
-    if dropout:
-        raise ValueError(
-            f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
         )
     if query.requires_grad:
         raise RuntimeError(
             "a patched model has no backward yet: run it under torch.no_grad() or "
             "torch.inference_mode()"
         )
-    first = lminf_forward.first_on(query.device)
-    cache = lminf_forward.cache
-    if cache is None:
+    # The op takes one head dim, whose first dims rotate.
+    value_dim = value.shape[-1]
+    query, key = layer.arrange(query), layer.arrange(key)
+    if options["scale"] is None:
+        options["scale"] = query.shape[-1] ** -0.5
+    dim = max(value_dim, query.shape[-1])
+    query, key, value = (
+        x if x.shape[-1] == dim else nn.functional.pad(x, (0, dim - x.shape[-1]))
+        for x in (query, key, value)
+    )
+    first = state.first_on(query.device)
+    options |= layer.options(query.device)
+    if state.cache is None:
         out, lse = torch.ops.lminf.lambda_attn.default(
-            query,
-            key,
-            value,
-            layer.n_global,
-            layer.window,
-            scale=scaling,
-            k_start=first,
-            **layer.options(query.device),
+            query, key, value, layer.n_global, layer.window, k_start=first, **options
         )
         if layer.middle_top_k:
             last = query.shape[2] - 1
@@ -174,14 +132,69 @@ def _attention(
                 out[:, :, -1:],
                 lse[:, :, -1:],
                 positions if first is None else positions + first,
-                scaling,
+                options,
                 k_start=first,
             )
     else:
-        cache_layer = cache.layers[module.layer_idx]  # type: ignore[index]
-        attend = cache_layer.decode if lminf_forward.is_decode else cache_layer.extend
-        out = attend(query, key, value, first, scaling)  # type: ignore[arg-type]
-    return out.transpose(1, 2), None
+        cache_layer = state.cache.layers[module.layer_idx]  # type: ignore[index]
+        attend = cache_layer.decode if state.is_decode else cache_layer.extend
+        out = attend(query, key, value, first, options)  # type: ignore[arg-type]
+    return out[..., :value_dim].transpose(1, 2).contiguous()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    lminf_forward: ForwardState | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The AttentionInterface function `lminf`.
+
+    Args:
+        module: the attention module of a patched model.
+        query: [B, Hq, S, D], un-rotated.
+        key, value: [B, Hkv, S, D], un-rotated, the new tokens' only.
+        attention_mask: not used: `lminf_forward` knows the padding.
+        scaling: of <q, k>; 1/sqrt(D) by default.
+        dropout: must be 0.
+        softcap: of the scores.
+        s_aux: a learned logit of each head that joins the softmax's denominator, [Hq].
+        lminf_forward: from the hook before the decoder's forward.
+
+    Returns:
+        [B, S, Hq, D], and None for the attention weights.
+    """
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
+        )
+    if lminf_forward is None:
+        lminf_forward = getattr(module, _STATE_ATTRIBUTE, None)
+    options = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
+    return _attend(module, query, key, value, lminf_forward, options), None
+
+
+def _attend_in_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: Any, scale: float
+) -> Tensor:
+    """What the forwards in families.py call: [B, S, Hq * D] of queries and keys as in `_attend`."""
+    if module.training:
+        raise ValueError(
+            f"this {type(module).__name__} is in training mode, whose dropout Λ attention does not "
+            "have; call model.eval()"
+        )
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    state: ForwardState | None = getattr(module, _STATE_ATTRIBUTE, None)
+    return _attend(module, query, key, value, state, {"scale": scale}).flatten(2)
 
 
 def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
@@ -332,6 +345,8 @@ class _Patch:
         self.model = model
         self.decoder = decoder
         self.settings = settings
+        self.family = family
+        self.attention = family.attention_modules(decoder)
         self.input_names = list(inspect.signature(decoder.forward).parameters)
         self.attn_implementation: str | None = decoder.config._attn_implementation
 
@@ -343,15 +358,20 @@ class _Patch:
                 module.config = config
         config._attn_implementation = ATTENTION_NAME
 
-        for layer, layer_settings in zip(decoder.layers, settings.layers, strict=True):
-            setattr(layer.self_attn, _LAYER_ATTRIBUTE, layer_settings)
-        decoder.rotary_emb = IdentityRotary(decoder.rotary_emb)
+        self.overridden: list[tuple[nn.Module, str, Any]] = []  # with what the instance had
+        for module, layer_settings in zip(self.attention, settings.layers, strict=True):
+            setattr(module, _LAYER_ATTRIBUTE, layer_settings)
+            if family.forward is not None:
+                forward = functools.partial(family.forward, _attend_in_forward)
+                self.override(module, "forward", forward)
+        for name, module in list(decoder.named_modules()):
+            if is_rotary(module):
+                decoder.set_submodule(name, IdentityRotary(module))
         self.hooks = [
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),
         ]
 
-        self.overridden: list[tuple[nn.Module, str]] = []
         for module in model.modules():
             if isinstance(module, GenerationMixin):
                 for name, function in OVERRIDES.items():
@@ -364,20 +384,26 @@ class _Patch:
 
     def override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
         """Lets one instance answer to `name` by `function`."""
+        self.overridden.append((module, name, module.__dict__.get(name)))
         setattr(module, name, MethodType(function, module))
-        self.overridden.append((module, name))
 
     def remove(self) -> None:
         """Puts everything back."""
         for hook in self.hooks:
             hook.remove()
-        for module, name in self.overridden:
-            delattr(module, name)
+        for module, name, before in self.overridden:
+            if before is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, before)
+        names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, _LAYER_ATTRIBUTE, _STATE_ATTRIBUTE)
         for module in self.model.modules():
-            for name in (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, _LAYER_ATTRIBUTE):
+            for name in names:
                 if name in module.__dict__:
                     delattr(module, name)
-        self.decoder.rotary_emb = self.decoder.rotary_emb.original
+        for name, module in list(self.decoder.named_modules()):
+            if isinstance(module, IdentityRotary):
+                self.decoder.set_submodule(name, module.original)
         self.decoder.config._attn_implementation = self.attn_implementation
 
     def before_forward(
@@ -417,14 +443,28 @@ class _Patch:
         if cache is not None:
             assert state.first is not None
             cache.begin(state.first)
-        kwargs["lminf_forward"] = state
+        if self.family.passes_kwargs:
+            kwargs["lminf_forward"] = state
+        else:
+            for module in self.attention:
+                setattr(module, _STATE_ATTRIBUTE, state)
+        if self.family.needs_mask and kwargs.get("attention_mask") is None:
+            n_columns = inputs.shape[1] + (0 if cache is None else cache.get_seq_length())
+            kwargs["attention_mask"] = inputs.new_ones(
+                (inputs.shape[0], n_columns), dtype=torch.int64
+            )
         return (), kwargs
 
     def after_forward(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Hook after the decoder's forward: the tokens are in the cache."""
-        state: ForwardState = kwargs["lminf_forward"]
+        if self.family.passes_kwargs:
+            state: ForwardState = kwargs["lminf_forward"]
+        else:
+            state = getattr(self.attention[0], _STATE_ATTRIBUTE)
+            for module in self.attention:
+                setattr(module, _STATE_ATTRIBUTE, None)
         if state.cache is None or state.first is None:
             return
         if state.is_right_padded:
@@ -436,52 +476,10 @@ class _Patch:
             state.cache.commit(state.first, state.n_tokens, state.is_decode)
 
 
-def _find_decoder(model: nn.Module) -> tuple[Any, Family]:
-    """The module that owns the decoder layers, and its family.
-
-    Raises:
-        ValueError: none, or more than one, of a supported type.
-    """
-    supported = f"supported model types: {', '.join(sorted(FAMILIES))}"
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise ValueError(
-            f"model is a {type(model).__name__} without a transformers config; {supported}"
-        )
-    if model_type not in FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not supported; {supported}")
-    decoders: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList)
-        and isinstance(getattr(module, "rotary_emb", None), nn.Module)
-    ]
-    if len(decoders) != 1 or not all(_has_llama_shape(layer) for layer in decoders[0].layers):
-        raise ValueError(
-            f"this {type(model).__name__} calls itself {model_type!r} but is not built like "
-            f"transformers' own (one decoder with rotary_emb and layers[i].self_attn); {supported}"
-        )
-    if not getattr(decoders[0].config, "is_causal", True):
-        raise ValueError("config.is_causal is False; Λ attention is causal: use a causal LM")
-    return decoders[0], FAMILIES[model_type]
-
-
-def _has_llama_shape(layer: nn.Module) -> bool:
-    attention = getattr(layer, "self_attn", None)
-    return (
-        attention is not None
-        and any(
-            cls.__module__.startswith("transformers.models.") for cls in type(attention).__mro__
-        )
-        and all(hasattr(attention, name) for name in ("layer_idx", "scaling"))
-    )
-
-
 def _sliding_window(config: Any, layer_idx: int) -> int | None:
     """The window of a layer that slides in the unpatched model, or None."""
     sliding: int | None = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if sliding is None or (layer_types and layer_types[layer_idx] != "sliding_attention"):
+    if sliding is None or layer_type(config, layer_idx) not in (None, "sliding_attention"):
         return None
     return sliding
 
@@ -493,20 +491,21 @@ def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
         raise ValueError(f"{name} is {value}; it must be at least {minimum}{why}")
 
 
-def _own_windows(decoder: Any) -> list[int | None]:
+def _own_windows(decoder: Any, family: Family) -> list[int | None]:
     """For each layer the window over which it slides in the unpatched model, or None."""
-    return [_sliding_window(decoder.config, layer.self_attn.layer_idx) for layer in decoder.layers]
+    n_layers = len(family.attention_modules(decoder))
+    return [_sliding_window(decoder.config, index) for index in range(n_layers)]
 
 
 def _resolve_lengths(
-    decoder: Any, n_global: Any, window: Any, max_distance: Any
+    decoder: Any, family: Family, n_global: Any, window: Any, max_distance: Any
 ) -> tuple[int, int, int]:
     """Checks patch_model's arguments and fills in what is None: n_global, window, max_distance."""
     if window is None:
         window = training_length(decoder.config)
-        own = [length for length in _own_windows(decoder) if length is not None]
-        if len(own) == len(decoder.layers):
-            window = min(window, *own)
+        own = _own_windows(decoder, family)
+        if all(length is not None for length in own):
+            window = min([window, *filter(None, own)])
     _check_setting("n_global", n_global, 0, "")
     _check_setting("window", window, 1, " (the query's own key)")
     if max_distance is None:
@@ -557,15 +556,15 @@ def _resolve_layers(
     decoder: Any, family: Family, n_global: int, window: int, max_distance: int
 ) -> list[LayerSettings]:
     """Every layer's share of the settings."""
-    rope = snapshot_rope(decoder.rotary_emb, interleaved=family.interleaved)
     layers = []
-    for layer, own in zip(decoder.layers, _own_windows(decoder), strict=True):
-        layer_rope: Rope | None = rope if family.uses_rope(layer.self_attn) else None
+    modules = family.attention_modules(decoder)
+    for index, (module, own) in enumerate(zip(modules, _own_windows(decoder, family), strict=True)):
+        # A layer that slides was trained to see no further, and never saw the first from afar.
+        lengths = (n_global, window, max_distance)
         if own is not None and own < window:
-            # The layer was trained to see no further, and never saw the first tokens from afar.
-            layers.append(LayerSettings(0, own, own, layer_rope))
-        else:
-            layers.append(LayerSettings(n_global, window, max_distance, layer_rope))
+            lengths = (0, own, own)
+        rope = family.layer_rope(decoder, index)
+        layers.append(LayerSettings(*lengths, rope, family.alibi_slopes(module)))
     return layers
 
 
@@ -606,8 +605,8 @@ def patch_model(
         ValueError: a setting is out of range, the model's type is not supported, or the model is
             patched with other settings.
     """
-    decoder, family = _find_decoder(model)
-    lengths = _resolve_lengths(decoder, n_global, window, max_distance)
+    decoder, family = find_decoder(model)
+    lengths = _resolve_lengths(decoder, family, n_global, window, max_distance)
     middle = _resolve_middle(lengths[2], middle_top_k, middle_from_layer, middle_distance)
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
     if patch is None:

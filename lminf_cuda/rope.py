@@ -8,13 +8,14 @@ embeddings rewrite their frequencies when they meet a long input.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IdentityRotary", "Rope", "snapshot_rope", "training_length"]
+__all__ = ["IdentityRotary", "Rope", "is_rotary", "snapshot_rope", "training_length"]
 
 
 @dataclass(eq=False)
@@ -25,11 +26,13 @@ class Rope:
         inv_freq: float32 [R/2], of the lengths that the model was trained on.
         scaling: multiplies the R rotated dims of queries and keys (the model's attention_scaling).
         interleaved: pairs are (2t, 2t+1) instead of (t, t + R/2).
+        rotates_last: the last R dims of a head rotate instead of the first ones.
     """
 
     inv_freq: Tensor
     scaling: float = 1.0
     interleaved: bool = False
+    rotates_last: bool = False
     _on_device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def inv_freq_on(self, device: torch.device) -> Tensor:
@@ -40,22 +43,70 @@ class Rope:
         return inv_freq
 
 
-def snapshot_rope(rotary: Any, *, interleaved: bool = False) -> Rope:
+def is_rotary(module: nn.Module) -> bool:
+    """Whether a module is a rotary embedding, of one or of several layer types."""
+    return any(
+        name == "inv_freq" or name.endswith("_inv_freq")
+        for name, _ in module.named_buffers(recurse=False)
+    )
+
+
+def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
+    """What a rotary module returns for position 0, with 1 for its largest entry, and that entry.
+
+    The output is a tuple of cos and sin, or one complex tensor; [1, 1, any] each.
+    """
+    layer_types = () if layer_type is None else (layer_type,)
+    probe = copy.deepcopy(rotary)  # some rewrite their frequencies
+    with torch.inference_mode(False), torch.no_grad():
+        device = next(probe.buffers()).device
+        x = torch.zeros(1, 1, 1, device=device)
+        positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        out = type(probe).forward(probe, x, positions, *layer_types)
+    parts = out if isinstance(out, tuple) else (out,)
+    if not all(isinstance(part, Tensor) and part.shape[:-1] == (1, 1) for part in parts):
+        raise ValueError(
+            f"{type(rotary).__name__} returns something else than cos and sin of [batch, tokens, "
+            "dims]; a patch cannot stand for it"
+        )
+    scaling = float(parts[0].abs().max())
+    ones = tuple((part / scaling).cpu() for part in parts)
+    return (ones if isinstance(out, tuple) else ones[0]), scaling
+
+
+def snapshot_rope(
+    rotary: Any,
+    *,
+    layer_type: str | None = None,
+    interleaved: bool = False,
+    rotates_last: bool = False,
+) -> Rope:
     """Copies the frequencies that a transformers rotary module was built with.
 
     `original_inv_freq` outlives what dynamic and longrope embeddings do to `inv_freq` on a long
     input; of longrope it holds the short factors, those of the training length.
 
     Args:
-        rotary: the model's rotary embedding, with `inv_freq` [R/2] and `attention_scaling`.
+        rotary: the model's rotary embedding, with `inv_freq` [R/2], or with one of that name for
+            each layer type.
+        layer_type: the layer's type, for an embedding that serves several.
         interleaved: whether the model pairs neighbouring dims.
+        rotates_last: whether the last dims of a head rotate.
     """
-    inv_freq = getattr(rotary, "original_inv_freq", None)
+    if isinstance(rotary, IdentityRotary):
+        rotary = rotary.original
+    layer_type = layer_type if _is_per_layer_type(rotary) else None
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    inv_freq = getattr(rotary, f"{prefix}original_inv_freq", None)
     if inv_freq is None:
-        inv_freq = rotary.inv_freq
+        inv_freq = getattr(rotary, f"{prefix}inv_freq")
     with torch.inference_mode(False):
-        copy = inv_freq.detach().to(torch.float32, copy=True)
-    return Rope(copy, float(getattr(rotary, "attention_scaling", 1.0)), interleaved)
+        kept = inv_freq.detach().to(torch.float32, copy=True)
+    return Rope(kept, _identity(rotary, layer_type)[1], interleaved, rotates_last)
+
+
+def _is_per_layer_type(rotary: Any) -> bool:
+    return not any(name == "inv_freq" for name, _ in rotary.named_buffers(recurse=False))
 
 
 def training_length(config: Any) -> int:
@@ -68,10 +119,14 @@ def training_length(config: Any) -> int:
         ValueError: the config names neither.
     """
     rope = getattr(config, "rope_parameters", None) or {}
+    if getattr(config, "layer_types", None):  # a dict of dicts where layer types differ
+        rope = rope.get("full_attention", rope) or {}
     for length in (
         rope.get("original_max_position_embeddings"),
         getattr(config, "original_max_position_embeddings", None),
         getattr(config, "max_position_embeddings", None),
+        getattr(config, "max_seq_len", None),
+        getattr(config, "seq_length", None),
     ):
         if length is not None:
             return int(length)
@@ -86,15 +141,31 @@ class IdentityRotary(nn.Module):
 
     Attributes:
         original: the module it stands for, kept as a child so that it follows `model.to(...)`.
-        rotary_dim: R, the number of dims that cos and sin are for.
     """
 
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.original: nn.Module = original
-        self.rotary_dim = 2 * original.inv_freq.numel()
+        self.config: Any = getattr(original, "config", None)  # by which some models choose
+        suffix = "_inv_freq"
+        layer_types: list[str | None] = [None]
+        if _is_per_layer_type(original):
+            names = [name for name, _ in original.named_buffers(recurse=False)]
+            kinds = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+            layer_types = [kind for kind in kinds if not kind.endswith("_original")]
+        self._outputs = {kind: _identity(original, kind)[0] for kind in layer_types}
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """cos and sin for hidden states x [B, S, hidden]: [B, S, R] each, in x's dtype."""
-        shape = (x.shape[0], x.shape[1], self.rotary_dim)
-        return x.new_ones(1).expand(shape), x.new_zeros(1).expand(shape)
+    def forward(
+        self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
+    ) -> Any:
+        """What the original returns for position 0, unscaled, for hidden states x [B, S, hidden].
+
+        [B, S, any] each, in x's dtype where real.
+        """
+
+        def spread(part: Tensor) -> Tensor:
+            part = part.to(x.device) if part.is_complex() else part.to(x)
+            return part.expand(x.shape[0], x.shape[1], -1)
+
+        out = self._outputs[layer_type if layer_type in self._outputs else None]
+        return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.patches import FAMILIES
+from lminf_cuda.cache import LayerSettings
 
 N_GLOBAL, WINDOW = 3, 12
+ALTERNATING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss")  # a layer slides over 8
 # float32 through two layers (attention in float64 on one side), logits of order 1
 TOLERANCE = 1e-5
 
@@ -40,10 +41,6 @@ def max_difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert {model_type for model_type, _ in MODELS.values()} == set(FAMILIES)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_unpatched_while_text_fits_window(name: str) -> None:
     model = tiny_model(name)
@@ -60,11 +57,11 @@ def test_equals_unpatched_while_text_fits_window(name: str) -> None:
 def test_equals_definition_beyond_window(name: str, max_distance: int) -> None:
     model = tiny_model(name)
     full = (N_GLOBAL, WINDOW, max_distance)
-    layers = {"qwen2_sliding": [full, (0, 8, 8)]}.get(name, [full, full])
-    uses_rope = {"smollm3": [True, False]}.get(name, [True, True])
-    ids = tokens(2, 4 * WINDOW + 1)
-    with definition(model, layers, uses_rope) as slow:
-        expected = slow(ids).logits
+    slides = {"qwen2_sliding": 1} | dict.fromkeys(ALTERNATING, 0)
+    layers = [(0, 8, 8) if index == slides.get(name) else full for index in range(2)]
+    ids = tokens(1, 4 * WINDOW + 1)
+    with definition(model, [LayerSettings(*lengths, None) for lengths in layers]) as dense:
+        expected = dense(ids)
     vanilla = model(ids).logits
     patch_model(model, n_global=N_GLOBAL, window=WINDOW, max_distance=max_distance)
     assert settings_of(model) == layers
@@ -79,8 +76,9 @@ def test_equals_definition_beyond_window(name: str, max_distance: int) -> None:
 def test_equals_definition_at_odd_settings(n_global: int, window: int) -> None:
     model = tiny_model()
     ids = tokens(1, 45)
-    with definition(model, [(n_global, window, window)] * 2) as slow:
-        expected = slow(ids).logits
+    layers = [LayerSettings(n_global, window, window, None)] * 2
+    with definition(model, layers) as dense:
+        expected = dense(ids)
     patch_model(model, n_global=n_global, window=window)
     assert max_difference(model(ids, use_cache=False).logits, expected) < TOLERANCE
 
@@ -88,7 +86,9 @@ def test_equals_definition_at_odd_settings(n_global: int, window: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_unpatch_restores_logits_bit_for_bit(name: str) -> None:
     model = tiny_model(name)
-    ids, long_ids = tokens(2, 20), tokens(1, TRAINED + 20)
+    # beyond their training length the unpatched gptj and mpt find no entry in their tables
+    has_table = name.startswith(("gptj", "mpt"))
+    ids, long_ids = tokens(2, 20), tokens(1, TRAINED - 1 if has_table else TRAINED + 20)
     expected, expected_long = model(ids).logits, model(long_ids).logits
     expected_after = model(ids).logits
     before = {key: value.clone() for key, value in model.named_buffers()}
@@ -143,8 +143,11 @@ def test_sliding_layers_keep_their_window() -> None:
     assert max_difference(model(ids, use_cache=False).logits, expected_logits) < TOLERANCE
 
 
-def test_left_padded_rows_equal_single_rows() -> None:
-    model = patch_model(tiny_model(), n_global=N_GLOBAL, window=WINDOW)
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_oss", "gemma3_text", "stablelm", "falcon_alibi", "gptj", "bloom", "mpt"]
+)
+def test_left_padded_rows_equal_single_rows(name: str) -> None:
+    model = patch_model(tiny_model(name), n_global=N_GLOBAL, window=WINDOW)
     lengths = [1, 2, 3, 12, 13, 29, 40]
     ids = tokens(len(lengths), 40)
     mask = torch.zeros_like(ids)

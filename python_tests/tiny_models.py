@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
 
 from lminf_cuda import reference
+from lminf_cuda.families import find_decoder
+from lminf_cuda.rope import is_rotary
 
 VOCAB = 61
 TRAINED = 64  # max_position_embeddings
@@ -32,6 +41,8 @@ _LLAMA = {
     "eos_token_id": None,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ALTERNATING = ["sliding_attention", "full_attention"]
+_PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -49,6 +60,51 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "gemma": ("gemma", {"head_dim": 16}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "bloom_6_heads": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {"sliding_window": 8, "layer_types": _ALTERNATING}),
+    "exaone4": (
+        "exaone4",
+        {"sliding_window": 8, "sliding_window_pattern": 2, "layer_types": _ALTERNATING},
+    ),
+    "falcon": ("falcon", {}),
+    "falcon_alibi": ("falcon", {"alibi": True}),
+    "falcon_groups": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_mha": ("falcon", {"multi_query": False}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 3.0,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "glm": ("glm", {"head_dim": 8}),
+    "glm4": ("glm4", {"head_dim": 8}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": _PARTIAL}),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "gptj": ("gptj", {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4}),
     "granite": ("granite", {"attention_multiplier": 0.4, "logits_scaling": 2.0}),
     "llama": ("llama", {}),
     "llama_mha": ("llama", {"num_key_value_heads": 4}),
@@ -71,6 +127,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral_sliding": ("mistral", {"sliding_window": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": TRAINED}),
+    "mpt_6_heads": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": TRAINED}),
     "olmo": ("olmo", {"clip_qkv": 2.0}),
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {"sliding_window": None}),
@@ -84,6 +142,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "phi": ("phi", {}),
     "qwen2": ("qwen2", {}),
     "qwen2_sliding": (
         "qwen2",
@@ -93,6 +152,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3_moe": ("qwen3_moe", _MOE | {"head_dim": 8}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "stablelm": ("stablelm", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
 }
 
@@ -102,18 +162,27 @@ def tiny_model(name: str = "llama", **overrides: Any) -> Any:
     model_type, extra = MODELS[name]
     try:
         config = AutoConfig.for_model(model_type, **(_LLAMA | copy.deepcopy(extra) | overrides))
-    except StrictDataclassFieldValidationError as error:
-        if not model_type.startswith("olmo"):
-            raise
-        pytest.skip(f"this transformers refuses OLMo's own config: {error}")
+    except StrictDataclassFieldValidationError:
+        try:
+            AutoConfig.for_model(model_type)
+        except StrictDataclassFieldValidationError as error:
+            pytest.skip(f"this transformers refuses the type's own default config: {error}")
+        raise
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # Falcon's eager attention adds its ALiBi twice: once more with the mask.
+    implementation = "sdpa" if name == "falcon_alibi" else "eager"
+    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation=implementation))
+
+
+def randomize(model: Any, attention_gain: float = 2.0) -> Any:
+    """Weights far from uniform attention, with logits of order 1; no gradients, no dropout."""
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim > 1:  # far from uniform attention, logits of order 1
-                gain = 2.0 if "self_attn" in parameter_name else 1.0
+            if parameter.ndim > 1:
+                is_attention = "attn" in parameter_name or "attention" in parameter_name
+                gain = attention_gain if is_attention else 1.0
                 parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
-    return model.requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -133,44 +202,99 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class _Dense:
+    """Λ attention as its definition reads, over rows of a batch that differ in positions only.
+
+    Row 0 stands at the true positions, row 1 at position 0, row 2 at max_distance, so that the
+    model's own rotation gives R(i) q, R(j) k, R(0) k and R(max_distance) q.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+
+    def __call__(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any = None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        slopes: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        layer = self.layers[module.layer_idx]
+        group = q.shape[1] // k.shape[1]
+        q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
+        index = torch.arange(q.shape[2])
+        distance = index[:, None] - index
+        far = distance >= layer.max_distance
+        s = torch.where(far, q[2] @ k[1].mT, q[0] @ k[0].mT)  # [Hq, S, S]
+        s = s * (q.shape[3] ** -0.5 if scaling is None else scaling)
+        if slopes is not None:
+            s = s - slopes.double()[:, None, None] * distance.clamp(max=layer.max_distance)
+        if softcap:
+            s = softcap * (s / softcap).tanh()
+        visible = (distance >= 0) & ((distance < layer.window) | (index < layer.n_global))
+        s = s.masked_fill(~visible, -torch.inf)
+        if s_aux is not None:
+            sink = s_aux.double()[:, None, None].expand(*s.shape[:2], 1)
+            s = torch.cat([s, sink], dim=-1)
+        out = s.softmax(-1)[..., : len(index)] @ v[0]  # [Hq, S, D]
+        return out.transpose(0, 1).to(next(module.parameters()).dtype).repeat(3, 1, 1, 1), None
+
+
 @contextmanager
-def definition(
-    model: Any, layers: list[tuple[int, int, int]], uses_rope: list[bool] | None = None
-) -> Iterator[Any]:
-    """A copy of an unpatched model that attends by reference.lambda_attention in float64.
+def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A copy of an unpatched model that attends by the definition, in float64, in its own code.
 
     Args:
-        model: unpatched, with eager attention.
-        layers: n_global, window and max_distance of each layer.
-        uses_rope: of each layer; all by default.
+        model: unpatched.
+        layers: of each layer an object with n_global, window and max_distance.
+
+    Yields:
+        ids [1, S] -> logits [1, S, vocabulary].
     """
     model = copy.deepcopy(model)
-    decoder = model.model
-    rotary = type(decoder.rotary_emb)(decoder.config)
-    modeling: Any = sys.modules[type(decoder.layers[0].self_attn).__module__]
+    decoder, family = find_decoder(model)
+    dense = _Dense(layers)
+    AttentionInterface.register("definition", dense)  # type: ignore[arg-type]
+    AttentionMaskInterface.register("definition", lambda *_, **__: torch.ones(1))
+    decoder.config._attn_implementation = "definition"
+    for module in decoder.modules():
+        if is_rotary(module):  # without the wrapper that changes frequencies as positions grow
+            module.forward = MethodType(inspect.unwrap(type(module).forward), module)
 
-    def attention(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        n_global, window, max_distance = layers[module.layer_idx]
-        rotates = uses_rope is None or uses_rope[module.layer_idx]
-        out = reference.lambda_attention(
-            q.double(),
-            k.double(),
-            v.double(),
-            n_global=n_global,
-            window=window,
-            max_distance=max_distance,
-            inv_freq=rotary.inv_freq if rotates else None,
-            rope_scaling=rotary.attention_scaling if rotates else 1.0,
-            scale=scaling,
-        )
-        return out.to(q.dtype).transpose(1, 2), None
+    limit = max(layer.max_distance for layer in layers)
 
-    kept = modeling.apply_rotary_pos_emb, modeling.eager_attention_forward
-    modeling.apply_rotary_pos_emb = lambda q, k, cos, sin, *_, **__: (q, k)
-    modeling.eager_attention_forward = attention
-    try:
-        yield model
-    finally:
-        modeling.apply_rotary_pos_emb, modeling.eager_attention_forward = kept
+    def positions_of(n_tokens: int) -> Tensor:
+        index = torch.arange(n_tokens)
+        return torch.stack([index, 0 * index, 0 * index + limit])
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: None, scale: float) -> Tensor:
+        rope = family.layer_rope(decoder, module.layer_idx)
+        if rope is not None:
+            q, k = (
+                reference.clamped_rope(
+                    x,
+                    positions_of(x.shape[2]),
+                    rope.inv_freq,
+                    scaling=rope.scaling,
+                    interleaved=rope.interleaved,
+                )
+                for x in (q.double(), k.double())
+            )
+        slopes = family.alibi_slopes(module)
+        return dense(module, q, k, v, scaling=scale, slopes=slopes)[0].flatten(2)
+
+    if family.forward is not None:
+        for module in family.attention_modules(decoder):
+            module.forward = MethodType(partial(family.forward, attend), module)
+
+    def logits(ids: Tensor) -> Tensor:
+        positions = positions_of(ids.shape[1])
+        return model(ids.expand(3, -1), position_ids=positions, use_cache=False).logits[:1]
+
+    yield logits

@@ -1,0 +1,343 @@
+"""The model families that `patch_model` serves: where each differs from Llama.
+
+Two kinds:
+
+- attention modules that ask transformers' AttentionInterface. Nothing of the model is replaced but
+  its rotary modules; a line in FAMILIES says which rotation the layers use.
+- older ones that compute attention in their own forward (falcon, gptj, mpt, bloom). Their line
+  names a short forward of the attention module, which projects, attends and projects back.
+
+Every family is compared with its unpatched model and with the definition, by
+python_tests/test_patches.py and python_tests/family_sweep.py, whose table over all causal LMs of
+transformers is docs/families.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .rope import Rope, is_rotary, snapshot_rope
+
+__all__ = ["FAMILIES", "Family", "find_decoder"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type differs from Llama.
+
+    Attributes:
+        layers: the decoder's attribute that holds its layers.
+        attention: a layer's attribute that holds its attention module.
+        interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
+        backwards: rotates by minus the position.
+        rotates_last: the last R dims of a head rotate instead of the first ones.
+        uses_rope: of an attention module: whether the layer rotates at all.
+        rotary: of a decoder and a layer's index: the rotary module that serves the layer.
+        rope: of an attention module: its rotation, where no rotary module tells it.
+        alibi_slopes: of an attention module: its slopes, float32 [Hq], or None.
+        forward: stands for the attention module's forward where that does not ask the
+            AttentionInterface.
+        passes_kwargs: keywords given to the decoder reach the attention modules.
+        needs_mask: the decoder's forward wants a padding mask that is a tensor.
+        plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
+            is patched.
+    """
+
+    layers: str = "layers"
+    attention: str = "self_attn"
+    interleaved: bool = False
+    backwards: bool = False
+    rotates_last: bool = False
+    uses_rope: Callable[[Any], bool] = lambda attention: True
+    rotary: Callable[[Any, int], Any] = lambda decoder, index: decoder.rotary_emb
+    rope: Callable[[Any], Rope] | None = None
+    alibi_slopes: Callable[[Any], Tensor | None] = lambda attention: None
+    forward: Callable[..., Any] | None = None
+    passes_kwargs: bool = True
+    needs_mask: bool = False
+    plain_methods: tuple[str, ...] = ()
+
+    def attention_modules(self, decoder: Any) -> list[Any]:
+        """The attention module of every layer of a decoder."""
+        return [getattr(layer, self.attention) for layer in getattr(decoder, self.layers)]
+
+    def layer_rope(self, decoder: Any, index: int) -> Rope | None:
+        """How layer `index` rotates its queries and keys; None if it does not."""
+        attention = getattr(getattr(decoder, self.layers)[index], self.attention)
+        if not self.uses_rope(attention):
+            return None
+        if self.rope is not None:
+            return self.rope(attention)
+        rope = snapshot_rope(
+            self.rotary(decoder, index),
+            layer_type=layer_type(decoder.config, index),
+            interleaved=self.interleaved,
+            rotates_last=self.rotates_last,
+        )
+        return replace(rope, inv_freq=-rope.inv_freq) if self.backwards else rope
+
+    def fits(self, decoder: Any) -> bool:
+        """Whether a module has the attributes that this family's decoder has."""
+        layers = getattr(decoder, self.layers, None)
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            return False
+        modules = [getattr(layer, self.attention, None) for layer in layers]
+        if not all(map(_is_transformers_attention, modules)):
+            return False
+        if self.forward is not None:
+            return True
+        has_rotary = any(is_rotary(module) for module in decoder.modules())
+        return has_rotary and all(map(asks_interface, modules))
+
+
+def layer_type(config: Any, index: int) -> str | None:
+    """The config's word for layer `index`, as in "sliding_attention", or None."""
+    types = getattr(config, "layer_types", None)
+    return types[index] if types else None
+
+
+def _is_transformers_attention(module: Any) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int) and any(
+        cls.__module__.startswith("transformers.models.") for cls in type(module).__mro__
+    )
+
+
+def asks_interface(module: Any) -> bool:
+    """Whether a module's forward looks its attention function up; not all do in old versions."""
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+# Forwards of attention modules that do not ask the AttentionInterface. `attend` is given by the
+# patch: (module, q [B, Hq, S, D], k, v [B, Hkv, S, D], cache, scale) -> [B, S, Hq * D].
+
+
+def _falcon_forward(
+    attend: Callable[..., Tensor],
+    module: Any,
+    hidden_states: Tensor,
+    *_: Any,
+    layer_past: Any = None,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    q, k, v = module._split_heads(module.query_key_value(hidden_states))  # [B, S, heads, D]
+    if module.new_decoder_architecture:  # which repeats each key head for its query heads
+        step = module.num_heads // module.num_kv_heads
+        k, v = k[:, :, ::step], v[:, :, ::step]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
+    return module.dense(out), None
+
+
+def _gptj_forward(
+    attend: Callable[..., Tensor],
+    module: Any,
+    hidden_states: Tensor,
+    *_: Any,
+    layer_past: Any = None,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    heads = (*hidden_states.shape[:2], module.num_attention_heads, module.head_dim)
+    q, k, v = (
+        project(hidden_states).view(heads).transpose(1, 2)
+        for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    out = attend(module, q, k, v, layer_past, module.head_dim**-0.5)
+    return module.resid_dropout(module.out_proj(out)), None
+
+
+def _mpt_forward(
+    attend: Callable[..., Tensor],
+    module: Any,
+    hidden_states: Tensor,
+    *_: Any,
+    past_key_values: Any = None,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    qkv = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        qkv = qkv.clamp(-module.clip_qkv, module.clip_qkv)
+    heads = (*hidden_states.shape[:2], module.n_heads, module.head_dim)
+    q, k, v = (x.view(heads).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    return module.out_proj(attend(module, q, k, v, past_key_values, module.softmax_scale)), None
+
+
+def _bloom_forward(
+    attend: Callable[..., Tensor],
+    module: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    *_: Any,
+    layer_past: Any = None,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    q, k, v = module._reshape(module.query_key_value(hidden_states))
+    out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
+    return residual + module.dense(out), None
+
+
+def _powers(heads: int, largest: int) -> Tensor:
+    """2 ** (-largest * i / heads) for i = 1 .. heads, float32."""
+    return (2.0 ** (-largest * torch.arange(1, heads + 1, dtype=torch.float64) / heads)).float()
+
+
+def _bloom_slopes(module: Any) -> Tensor:
+    """The ALiBi paper's: for 2^n heads 2^(-8i/2^n), further heads take every second of 2^(n+1)."""
+    heads = module.num_heads
+    below = 2 ** math.floor(math.log2(heads))
+    return torch.cat([_powers(below, 8), _powers(2 * below, 8)[::2][: heads - below]])
+
+
+def _falcon_slopes(module: Any) -> Tensor | None:
+    """Bloom's, rounded to bfloat16 and scaled like the scores."""
+    if not module.config.alibi:
+        return None
+    return _bloom_slopes(module).bfloat16().float() * module.inv_norm_factor
+
+
+def _mpt_slopes(module: Any) -> Tensor:
+    heads = module.n_heads
+    above = 2 ** math.ceil(math.log2(heads))
+    slopes = _powers(above, 8)
+    return slopes if above == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
+
+
+def _gptj_rope(module: Any) -> Rope:
+    dim = module.pos_embd_dim
+    inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    return Rope(inv_freq, interleaved=True)
+
+
+def _slides(module: Any) -> bool:
+    return module.sliding_window is not None
+
+
+def _slides_or_all_full(module: Any) -> bool:
+    return module.sliding_window is None or module.is_sliding
+
+
+def _rotary_of_theta(decoder: Any, index: int) -> Any:
+    """Granite's modules, one for each base."""
+    theta = decoder.config.layer_rope_theta[index]
+    return next(
+        rotary
+        for rotary in decoder.rotary_embs
+        if rotary.config.rope_parameters["rope_theta"] == theta
+    )
+
+
+def _has_theta(module: Any) -> bool:
+    return bool(module.config.layer_rope_theta[module.layer_idx])
+
+
+_PLAIN = (
+    *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
+    *("gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
+    *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
+    *("ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
+    *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
+    *("solar_open", "starcoder2", "vaultgemma", "dots1"),
+)
+_INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
+# Multi-head latent attention: a head is what latent vectors give, then what rotates.
+_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(_PLAIN, Family()),
+    **dict.fromkeys(_INTERLEAVED, Family(interleaved=True)),
+    **dict.fromkeys(_LATENT, Family(rotates_last=True)),
+    **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), Family(uses_rope=_slides_or_all_full)),
+    **dict.fromkeys(("afmoe", "flint"), Family(uses_rope=_slides)),
+    **dict.fromkeys(
+        ("granite_swa", "granitemoe_swa"), Family(rotary=_rotary_of_theta, uses_rope=_has_theta)
+    ),
+    "bloom": Family(
+        layers="h",
+        attention="self_attention",
+        uses_rope=lambda attention: False,
+        alibi_slopes=_bloom_slopes,
+        forward=_bloom_forward,
+        passes_kwargs=False,
+    ),
+    "cohere2": Family(interleaved=True, uses_rope=_slides),
+    "cohere2_moe": Family(
+        interleaved=True,
+        uses_rope=lambda attention: _slides(attention) or attention.force_rope,
+    ),
+    "deepseek_v2": Family(rotates_last=True, interleaved=True),
+    "falcon": Family(
+        layers="h",
+        attention="self_attention",
+        uses_rope=lambda attention: not attention.config.alibi,
+        alibi_slopes=_falcon_slopes,
+        forward=_falcon_forward,
+        passes_kwargs=False,
+    ),
+    "gpt_neox": Family(attention="attention"),
+    "gptj": Family(
+        layers="h",
+        attention="attn",
+        rope=_gptj_rope,
+        forward=_gptj_forward,
+        passes_kwargs=False,
+    ),
+    "jetmoe": Family(attention="self_attention"),
+    "modernbert-decoder": Family(attention="attn"),
+    "mpt": Family(
+        layers="blocks",
+        attention="attn",
+        uses_rope=lambda attention: False,
+        alibi_slopes=_mpt_slopes,
+        forward=_mpt_forward,
+        passes_kwargs=False,
+        needs_mask=True,
+    ),
+    "nanochat": Family(backwards=True),
+    # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
+    "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
+    "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
+    **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
+}
+
+
+def find_decoder(model: nn.Module) -> tuple[Any, Family]:
+    """The module that owns the decoder layers, and its family.
+
+    Raises:
+        ValueError: none, or more than one, of a supported type.
+    """
+    supported = f"supported model types: {', '.join(sorted(FAMILIES))}"
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"model is a {type(model).__name__} without a transformers config; {supported}"
+        )
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; {supported}")
+    family = FAMILIES[model_type]
+    decoders = [module for module in model.modules() if family.fits(module)]
+    if len(decoders) != 1:
+        raise ValueError(
+            f"this {type(model).__name__} calls itself {model_type!r} but is not built like "
+            f"transformers' own (one decoder with {family.layers}[i].{family.attention}); "
+            f"{supported}"
+        )
+    config: Any = decoders[0].config
+    if not getattr(config, "is_causal", True):
+        raise ValueError("config.is_causal is False; Λ attention is causal: use a causal LM")
+    known = {"full_attention", "sliding_attention"}
+    unknown = set(getattr(config, "layer_types", None) or ()) - known
+    if unknown:
+        raise ValueError(
+            f"config.layer_types of this {type(model).__name__} names {sorted(unknown)}; a patch "
+            f"takes layers of {sorted(known)}"
+        )
+    return decoders[0], family

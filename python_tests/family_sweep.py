@@ -1,0 +1,308 @@
+"""Every causal LM of the installed transformers, patched: worked, refused, or wrong.
+
+    python python_tests/family_sweep.py                 # writes docs/families.md
+    python python_tests/family_sweep.py llama gpt_oss   # prints the rows of these types
+
+A type that patch_model takes is built with a tiny config and random weights, and has worked when
+its logits equal
+
+- the unpatched model's while the text fits the window, layers that slide among them;
+- a dense rewrite at four times the window (`tiny_models.definition`, run in the model's own code);
+- and its own logits with a LambdaCache, read in chunks and then token by token, by generate(), and
+  in a row that begins with padding;
+
+and when unpatch_model gives the unpatched model's logits back, bit for bit.
+
+Anything else that patch_model takes is wrong. What it does not take is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from tiny_models import VOCAB, definition, one_thread, randomize, tokens
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lminf_cuda import LambdaCache, patch_model, unpatch_model
+from lminf_cuda.families import FAMILIES, asks_interface
+from lminf_cuda.rope import is_rotary
+
+N_GLOBAL, WINDOW = 3, 12
+TOLERANCE = 1e-5
+
+# What a config calls its sizes, in all its dialects.
+_TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "rotary_dim": 4,
+    "num_kv_heads": 2,
+    "num_key_value_heads": 2,
+}
+_TINY |= dict.fromkeys(("hidden_size", "d_model", "n_embd"), 32)
+_TINY |= dict.fromkeys(("intermediate_size", "ffn_hidden_size", "n_inner"), 48)
+_TINY |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24)
+_TINY |= dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 4)
+_TINY |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4)
+_TINY |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64)
+
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+
+# Where a tiny config needs more than that; None leaves the config's own value.
+_LATENT = (*("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),)
+_ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon": {"head_dim": None},
+    "gemma3_text": _ALTERNATING,
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "kolibri1": _ALTERNATING,
+    "ministral": {"head_dim": 8} | _ALTERNATING,
+    "mistral": {"sliding_window": None},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+}
+for _name in _LATENT:
+    _SPECIAL[_name] = {"head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+
+
+# Types whose shape does not tell why they are refused.
+_REASONS = {
+    "beam": "queries scaled by their absolute position where nothing rotates",
+    "diffllama": "attends twice with one cache",
+    "doge": "a mask computed from the values",
+    "hrm_text": "stacks that run several times",
+    "longcat_flash": "two attention modules a layer",
+}
+_REASONS |= dict.fromkeys(
+    ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text"),
+    "keys chosen by an indexer",
+)
+_REASONS |= dict.fromkeys(
+    ("gemma3n_text", "gemma4_assistant", "gemma4_text", "gemma4_unified_text"),
+    "layers that share keys",
+)
+
+
+def tiny_config(model_type: str) -> Any:
+    """A config of a few thousand parameters; sliding layers slide over 8 tokens."""
+    default = AutoConfig.for_model(model_type)
+    sizes = {}
+    for name, value in _TINY.items():
+        try:
+            old = getattr(default, name, None)
+        except Exception:  # an attribute that differs from layer to layer
+            old = None
+        if old is not None:
+            sizes[name] = value
+    special = _SPECIAL.get(model_type, {})
+    sizes = {
+        name: value
+        for name, value in (sizes | _TOKENS | special).items()
+        if value is not None or name in _TOKENS
+    }
+    return AutoConfig.for_model(model_type, **sizes)
+
+
+def tiny(model_type: str) -> Any:
+    """A random model of the type, in float32."""
+    config = tiny_config(model_type)
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    size = sum(parameter.numel() for parameter in shape.parameters())
+    if size > 3_000_000:
+        raise ValueError(f"the tiny config has {size} parameters; name its sizes in _SPECIAL")
+    torch.manual_seed(0)
+    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), 1.0)
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference; infinite where either is not finite."""
+    gap = (got.double() - expected.double()).abs().max()
+    return float(gap.nan_to_num(nan=float("inf")))
+
+
+def check(model_type: str) -> str:
+    """ "" when a patched tiny model of the type is right, else what is wrong with it."""
+    model = tiny(model_type)
+    ids, long_ids = tokens(2, 30), tokens(1, 4 * WINDOW + 1)
+    vanilla = model(ids).logits
+    fits = patch_model(tiny(model_type), n_global=N_GLOBAL, window=30)
+    got = fits(ids, use_cache=False).logits
+    if (error := difference(got, vanilla)) > TOLERANCE:
+        return f"off by {error:.1g} from the unpatched model within the window"
+    patched = patch_model(tiny(model_type), n_global=N_GLOBAL, window=WINDOW, max_distance=20)
+    layers = [layer.settings for layer in LambdaCache(patched).layers]
+    with definition(model, layers) as dense:
+        expected = dense(long_ids)
+    if difference(expected, model(long_ids[:, :60]).logits) < 100 * TOLERANCE:
+        return "the check cannot tell Λ attention from full attention"
+    if (error := difference(patched(long_ids, use_cache=False).logits, expected)) > TOLERANCE:
+        return f"off by {error:.1g} from the definition at four times the window"
+    cache = LambdaCache(patched)
+    pieces = [long_ids[:, :20], long_ids[:, 20:31], *long_ids[:, 31:].split(1, dim=1)]
+    got = torch.cat([patched(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+    if (error := difference(got, expected)) > TOLERANCE:
+        return f"off by {error:.1g} with the cache"
+    written = patched.generate(long_ids, max_new_tokens=4, do_sample=False)
+    logits = patched(written, use_cache=False).logits
+    if not torch.equal(logits[:, -5:-1].argmax(-1), written[:, -4:]):
+        return "generate() writes other tokens than without a cache"
+    mask = torch.ones(2, long_ids.shape[1], dtype=torch.int64)
+    mask[1, : -WINDOW - 5] = 0
+    for use_cache in (False, True):
+        rows = patched(long_ids.expand(2, -1), attention_mask=mask, use_cache=use_cache).logits
+        alone = patched(long_ids[:, -WINDOW - 5 :], use_cache=False).logits
+        error = max(difference(rows[:1], expected), difference(rows[1:, -WINDOW - 5 :], alone))
+        if error > TOLERANCE:
+            return f"off by {error:.1g} in a padded batch"
+    if not torch.equal(unpatch_model(fits)(ids).logits, vanilla):
+        return "unpatched, its logits are not what they were"
+    return ""
+
+
+def why_refused(model_type: str) -> str:
+    """What keeps a type that is not in FAMILIES from it, as far as its shape tells."""
+    if model_type in _REASONS:
+        return _REASONS[model_type]
+    if getattr(type(AutoConfig.for_model(model_type)), "sub_configs", None):
+        return "several models in one"
+    try:
+        config = tiny_config(model_type)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception:
+        return "not looked into: the tiny config does not suit it"
+    types = set(getattr(config, "layer_types", None) or ())
+    if unknown := types - {"full_attention", "sliding_attention"}:
+        return f"layers of {', '.join(sorted(unknown))}"
+    modules = list(model.modules())
+    if not any(is_rotary(module) for module in modules):
+        return "no rotary embedding, and no ALiBi that a patch knows"
+    if not any(asks_interface(module) for module in modules):
+        return "attention code of its own"
+    return "layers of several kinds"
+
+
+def verdict(model_type: str, verbose: bool = False) -> tuple[str, str]:
+    """ "worked", "refused", "wrong" or "not built", and what there is to say."""
+    if model_type not in FAMILIES:
+        return "refused", why_refused(model_type)
+    try:
+        model = tiny(model_type)
+    except StrictDataclassFieldValidationError:
+        return "not built", "this transformers refuses the type's own default config"
+    try:
+        patch_model(model, window=WINDOW)
+    except ValueError as error:
+        return "refused", str(error).partition(";")[0]
+    try:
+        problem = check(model_type)
+    except Exception as error:
+        problem = traceback.format_exc() if verbose else repr(error)
+    return ("wrong", problem) if problem else ("worked", "")
+
+
+def all_types() -> list[str]:
+    """The model types of AutoModelForCausalLM."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+_UPSTREAM = """\
+## What transformers itself gets wrong
+
+- falcon with `alibi=True` and eager attention: its bias is in the mask and added to the scores
+  again, so that it counts twice (5.23). sdpa counts it once, and so does a patch.
+- gptj, mpt: unpatched, a text beyond `n_positions` or `max_seq_len` raises an error in a table
+  look-up or an addition of two shapes. Patched, neither table is read.
+- 5.4 with a new huggingface_hub: the default configs of cohere2, ernie4_5, ernie4_5_moe, olmo,
+  olmo2, olmo3, olmoe and phimoe are refused (StrictDataclassFieldValidationError: a bool where an
+  int is declared).
+"""
+
+
+def table(rows: dict[str, tuple[str, str]]) -> str:
+    """docs/families.md."""
+    names = {
+        kind: [name for name, (found, _) in rows.items() if found == kind]
+        for kind in ("worked", "refused", "wrong", "not built")
+    }
+    counts = ", ".join(f"{len(kind_names)} {kind}" for kind, kind_names in names.items())
+    reasons: dict[str, list[str]] = {}
+    for name in names["refused"] + names["not built"] + names["wrong"]:
+        reasons.setdefault(rows[name][1], []).append(name)
+    lines = [
+        "# Model types that `patch_model` serves",
+        "",
+        "Written by `python python_tests/family_sweep.py`, which builds a tiny random model of",
+        "each type and compares it, patched, with the unpatched one and with a dense rewrite; its",
+        "first lines say how.",
+        "",
+        f"transformers {transformers.__version__}, {len(rows)} causal LM types: {counts}.",
+        "",
+        "## Worked",
+        "",
+        ", ".join(names["worked"]),
+        "",
+        "## Refused",
+        "",
+        "By name, before anything of the model is changed.",
+        "",
+        "| because | types |",
+        "| --- | --- |",
+        *(f"| {reason} | {', '.join(found)} |" for reason, found in sorted(reasons.items())),
+        "",
+        _UPSTREAM,
+    ]
+    return "\n".join(lines)
+
+
+def write(rows: dict[str, tuple[str, str]]) -> None:
+    """Writes docs/families.md and the README's row of model types."""
+    root = Path(__file__).parents[1]
+    (root / "docs" / "families.md").write_text(table(rows))
+    worked = ", ".join(name for name, (found, _) in rows.items() if found == "worked")
+    row = f"| model types for `patch_model` | {worked} ([all types](docs/families.md)) |"
+    readme = root / "README.md"
+    text = readme.read_text()
+    readme.write_text(re.sub(r"^\| model types for `patch_model` .*$", row, text, flags=re.M))
+
+
+def main() -> None:
+    """The command of this file's docstring; -v prints where a wrong type failed."""
+    asked = [word for word in sys.argv[1:] if word != "-v"]
+    transformers.logging.set_verbosity_error()
+    rows = {}
+    with one_thread(), torch.no_grad():
+        for model_type in asked or all_types():
+            rows[model_type] = verdict(model_type, verbose="-v" in sys.argv)
+            print(model_type, *rows[model_type], flush=True)
+    if not asked:
+        write(rows)
+    if any(found == "wrong" for found, _ in rows.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Every family that patch_model serves, as family_sweep.py checks it, and the table it wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from family_sweep import all_types, check, verdict
+from tiny_models import one_thread
+
+from lminf_cuda import families
+from lminf_cuda.families import FAMILIES, Family
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_threaded() -> Iterator[None]:
+    with one_thread(), torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_family(model_type: str) -> None:
+    if model_type not in all_types():
+        pytest.skip("this transformers does not have the type")
+    found, note = verdict(model_type, verbose=True)
+    if found in ("refused", "not built"):
+        pytest.skip(note)
+    assert found == "worked", note
+
+
+def test_the_check_sees_a_wrong_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "glm": Family(),  # pairs (t, t + R/2) instead of neighbours
+        "llama": Family(backwards=True),
+        "smollm3": Family(),  # rotates layers that do not
+    }
+    monkeypatch.setattr(families, "FAMILIES", FAMILIES)
+    for model_type, family in wrong.items():
+        monkeypatch.setitem(FAMILIES, model_type, family)
+        assert "from the unpatched model" in check(model_type)
+
+
+def test_tables_name_the_families() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    worked = re.search(r"## Worked\n\n(.*)\n", page)
+    assert worked is not None
+    assert worked[1].split(", ") == sorted(FAMILIES)
+    assert ", 0 wrong" in page
+    assert worked[1] in (ROOT / "README.md").read_text()
