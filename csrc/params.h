@@ -29,7 +29,7 @@ struct RopeParams {
   float scaling = 1.0f;             // multiplies the R rotated dims of q and of k alike
 };
 
-// The score of one visible pair, before the softmax (design: "The definition").
+// The score of one visible pair, before the softmax (docs/design.md section 2).
 struct ScoreParams {
   float scale = 1.0f;
   float softcap = 0.0f;                 // 0: none

@@ -1,8 +1,8 @@
-"""Timing of `lambda_attn` beside its peers: one run, interleaved, medians (design section 8).
+"""Timing of `lambda_attn` beside its peers: one run, interleaved, medians.
 
 FLOPs are 4 * D * (visible pairs) * Hq * B, each peer's own visible pairs counted: the Λ mask's for
 those that apply it, the causal triangle's for causal attention. The ceiling is a large matrix
-product of the same dtype.
+product of the same dtype (docs/design.md section 8).
 """
 
 from __future__ import annotations

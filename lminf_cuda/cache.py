@@ -1,6 +1,6 @@
 """The key-value cache of a patched model: the first tokens, the last tokens, and nothing else.
 
-Each layer keeps two buffers of fixed size (design.md sections 1 and 2):
+Each layer keeps two buffers of fixed size (docs/design.md sections 1 and 2):
 
 - a ring of the last `window` tokens, whose keys carry the rotation of their own position, at slot
   position % capacity; its capacity is `window`, and more only where tokens are to be taken back

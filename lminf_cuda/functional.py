@@ -46,9 +46,9 @@ def lambda_attention(
     """Λ-shaped attention: each query sees the first n_global and the last window tokens.
 
     The query at position i sees the key at position j, at distance d = i - j >= 0, when d < window
-    or j < n_global, and meets it at distance min(d, max_distance) (design.md section 2;
+    or j < n_global, and meets it at distance min(d, max_distance) (docs/design.md section 2;
     LM-Infinite, arXiv 2308.16137, section 4). The queries are the last Sq of the Sk positions. Runs
-    on the CPU; there is no backward yet.
+    on the CPU, and on CUDA devices in a build with CUDA kernels; there is no backward yet.
 
     Args:
         q: queries [B, Hq, Sq, D], un-rotated, float32, bfloat16 or float16. Any strides; a last

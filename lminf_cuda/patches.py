@@ -1,7 +1,7 @@
 """Turns a transformers causal LM into one with Λ attention, and back.
 
 The mechanism, for families whose decoder hands `position_embeddings` to attention modules that ask
-the AttentionInterface (design.md section 3):
+the AttentionInterface (docs/design.md section 3):
 
 - the model's rotary module is replaced by one that rotates nothing, so the attention function gets
   un-rotated queries and keys (after the families' own norms of them);
@@ -578,7 +578,7 @@ def patch_model(
     middle_from_layer: int = 4,
     middle_distance: int | None = None,
 ) -> Model:
-    """Gives a transformers causal LM Λ attention (design.md section 2), in place.
+    """Gives a transformers causal LM Λ attention (docs/design.md section 2), in place.
 
     Every layer then attends to the first `n_global` and the last `window` tokens, and `generate()`
     and forwards with use_cache keep a `LambdaCache` of that size. A layer that already slides over

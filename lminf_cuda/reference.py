@@ -1,4 +1,4 @@
-"""Λ attention as its definition reads (design.md section 2): dense, slow, in plain PyTorch.
+"""Λ attention as its definition reads (docs/design.md section 2): dense, slow, in plain PyTorch.
 
 Every kernel of this project is tested against this file. It takes any floating dtype and computes
 in that dtype: with float64 tensors it is the truth, with bfloat16 or float16 ones it is what an

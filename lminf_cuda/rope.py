@@ -1,8 +1,8 @@
 """What a patch must know of a model's rotary embedding, and the module that takes its place.
 
 Under a patch the model hands un-rotated queries and keys to the kernels, which rotate them by
-clamped distances (design.md section 2). So the frequencies are read off once, at patch time, and
-the model's own rotary module is set aside: it is not even run, since dynamic and longrope
+clamped distances (docs/design.md section 2). So the frequencies are read off once, at patch time,
+and the model's own rotary module is set aside: it is not even run, since dynamic and longrope
 embeddings rewrite their frequencies when they meet a long input.
 """
 

@@ -1,8 +1,8 @@
 """What the op tests share: how an op is called on a backend, inputs, and when a result is right.
 
 Truth is the float64 reference. A bfloat16 or float16 result may be at most twice as wrong as the
-reference run in that dtype, and 1.5 times on average (design.md section 7); a float32 result has
-the fixed bounds below.
+reference run in that dtype, and 1.5 times on average (docs/design.md section 7); a float32 result
+has the fixed bounds below.
 """
 
 from __future__ import annotations
