@@ -20,3 +20,11 @@ _NO_EMULATION = pytest.mark.skipif(
 def backend(request: pytest.FixtureRequest) -> str:
     """Name of the backend that the test calls the ops on, as cases.call takes it."""
     return request.param
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, _NO_GPU])],
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """A device that the extension itself may have kernels for."""
+    return request.param

@@ -258,3 +258,33 @@ def test_threads_change_nothing(backend, dtype, threads):
     tolerance = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
     step(backend, q, k, v, Cache(*caches), position, window, **score)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_replays_step_after_step():
+    """Positions are read on the device, so one captured step serves all that follow."""
+    window, n_global = 24, 3
+    q, k, v = (torch.randn(2, heads, 1, 64, device="cuda") for heads in (4, 2, 2))
+    sizes = (window, window, n_global, n_global)
+    eager = [torch.zeros(2, 2, size, 64, device="cuda") for size in sizes]
+    captured = [cache.clone() for cache in eager]
+    positions = torch.tensor([0, 5], device="cuda")
+    inv_freq = torch.rand(32, device="cuda")
+
+    def step(caches):
+        return torch.ops.lminf.lambda_decode(
+            q, k, v, *caches, positions, window, inv_freq=inv_freq
+        )[0]
+
+    step([cache.clone() for cache in eager])  # loads the kernels outside of the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step(captured)
+    for n in range(3 * window):
+        for new in (q, k, v):
+            new.normal_()
+        positions.copy_(torch.tensor([n, n + 5]))
+        graph.replay()
+        torch.testing.assert_close(replayed, step(eager))
