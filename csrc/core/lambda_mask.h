@@ -34,7 +34,7 @@ struct Range {
 
 LMINF_HD Range intersect(Range a, Range b) { return {max64(a.lo, b.lo), min64(a.hi, b.hi)}; }
 
-// The definition itself. `j_first` is the first position that is no padding (0).
+// The definition itself. Keys at negative positions are padding.
 LMINF_HD bool visible(int64_t i, int64_t j, int64_t n_global, int64_t window) {
   const int64_t d = i - j;
   return j >= 0 && d >= 0 && (d < window || j < n_global);

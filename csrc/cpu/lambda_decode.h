@@ -3,8 +3,8 @@
 //
 // A step reads every key and value of the window once, so it is bound by memory: the query heads of
 // a key head go over the cache together, and the keys of one row are split among threads when there
-// are few heads. Each split leaves an unnormalised output with its softmax state; the last pass
-// merges them.
+// are few heads. Each split leaves an unnormalised output with its softmax state; the last to
+// finish merges them.
 
 constexpr int64_t kDecodeMinSplitKeys = 256;  // a split shorter than this costs more than it gains
 
