@@ -15,11 +15,11 @@
 #pragma once
 
 #include "attend.cuh"
+#include "attn_rows.cuh"
 #include "lambda_attn.h"
 
 namespace lminf::cuda {
 
-constexpr int kGlobalN = 16;  // keys of a far or near tile: n_global is 4 to 16 in practice
 constexpr int kStages = 2;
 
 // Tile sizes. Wanted: 32 rows a warp, so that a key fragment read from shared memory feeds two mma
@@ -45,13 +45,6 @@ struct TileSizes<256> {
   static constexpr int kBlockM = 64, kBlockN = 32;
 };
 
-// What every thread of a block needs to know now and then, in shared memory: registers are scarce.
-template <typename T>
-struct BlockPlan {
-  QueryTile tile;
-  BranchPlan<T> branches[kBranches];
-};
-
 template <typename T, int kHeadDim_>
 struct AttnTraits {
   using Element = T;
@@ -68,28 +61,6 @@ struct AttnTraits {
   static constexpr int kSharedBytes = QTile::kBytes + 2 * kStages * KeyTile::kBytes + kPlanBytes;
   static_assert(sizeof(BlockPlan<T>) <= kPlanBytes, "the plan fits");
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
-};
-
-// The rows of a tile of queries against a tile of keys.
-struct QueryRows {
-  const ScoreParams& params;
-  float slope;
-  const Branch& branch;
-  int64_t first_query;   // position of the warp's first row
-  int64_t key_position;  // position of the tile's first key
-  int64_t max_distance;
-  int keys;
-
-  LMINF_DEVICE Scoring scoring() const { return Scoring(params); }
-  LMINF_DEVICE float score(float product, int, int row, int column) const {
-    const float corner = static_cast<float>(first_query - key_position);
-    return scoring().score<false>(
-        product, slope,
-        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)));
-  }
-  LMINF_DEVICE ColumnRange columns(int row) const {
-    return visible_columns(branch, first_query + row, key_position, keys);
-  }
 };
 
 template <typename Traits, int kKeys>
