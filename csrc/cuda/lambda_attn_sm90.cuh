@@ -154,9 +154,20 @@ struct Sm90Arguments {
 // Element 4n + 2r + e of an accumulator stands in row lane / 4 + 8r and column 8n + 2(lane % 4) + e.
 LMINF_DEVICE int accumulator_row(int r, int lane) { return lane / 4 + 8 * r; }
 
+// Of a lane's columns of a row, 8n + first and the one after it for n = 0, 1, ..., those in a range
+// of at most 128 columns, a bit each.
+LMINF_DEVICE uint32_t own_columns(ColumnRange range, int first) {
+  auto below = [&](int column) {
+    const int own = column / 8 * 2 + max(0, min(2, column % 8 - first));
+    return own >= 32 ? ~0u : (1u << own) - 1;
+  };
+  return below(range.hi) & ~below(range.lo);
+}
+
 // Softcap, ALiBi, mask.
 template <int kKeys>
 LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows& rows, bool full, int lane) {
+  static_assert(kKeys <= 128, "a bit for each of a lane's columns of a row");
   lane = recomputed(lane);
   if (!rows.scoring().only_scales()) {
 #pragma unroll
@@ -168,15 +179,11 @@ LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows& rows, bo
   if (!full) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const ColumnRange columns = rows.columns(accumulator_row(r, lane));
-      const int lo = columns.lo - 2 * (lane % 4), hi = columns.hi - 2 * (lane % 4);
+      const uint32_t seen =
+          own_columns(rows.columns(accumulator_row(r, lane)), 2 * (lane % 4));
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * n + e;
-          if (column < lo || column >= hi) s[4 * n + 2 * r + e] = minus_infinity();
-        }
+      for (int i = 0; i < kKeys / 4; ++i) {
+        if ((seen >> i & 1) == 0) s[i / 2 * 4 + 2 * r + i % 2] = minus_infinity();
       }
     }
   }
@@ -298,11 +305,11 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       for (int64_t work = blockIdx.x; work < arguments.works; work += gridDim.x, q_place.next()) {
         ptx::mbarrier_wait(Barriers::at(Barriers::kQEmpty, q_place.slot), q_place.parity ^ 1);
         BlockPlan<T>& block = plan_slot(q_place.slot);
+        if (lane == 0) block.tile = query_tile(sources, work, Traits::kBlockM);
+        __syncwarp();
         if (lane < kBranches) {
-          const QueryTile tile = query_tile(sources, work, Traits::kBlockM);
-          if (lane == 0) block.tile = tile;
           block.branches[lane] =
-              branch_plan<T>(sources, tile, lane, lane == kWindow ? kBlockN : kGlobalN);
+              branch_plan<T>(sources, block.tile, lane, lane == kWindow ? kBlockN : kGlobalN);
         }
         __syncwarp();
         if (lane != 0) continue;
@@ -420,14 +427,16 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       // scores = Q K^T over the first keys of a K stage, issued.
       auto issue_scores = [&](auto tile, auto& scores) {
         using Tile = decltype(tile);
+        const auto a =
+            ptx::k_major_descriptor<Swizzle::k128>(q_tile.address(recomputed(group_row)));
+        const auto b = ptx::k_major_descriptor<Swizzle::k128>(tile.address());
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
           constexpr int kSteps = kPanel / 16;
-          const auto a = ptx::k_major_descriptor<Swizzle::k128>(
-              q_tile.address(group_row, step / kSteps)).plus(step % kSteps * 32);
-          const auto b = ptx::k_major_descriptor<Swizzle::k128>(
-              tile.address(0, step / kSteps)).plus(step % kSteps * 32);
-          ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(scores, a, b, step > 0);
+          const int panel = step / kSteps, in_panel = step % kSteps * 32;
+          ptx::wgmma<T, ptx::Major::kK, ptx::Major::kK>(
+              scores, a.plus(panel * QTile::kPanelBytes + in_panel),
+              b.plus(panel * Tile::kPanelBytes + in_panel), step > 0);
         }
         static_assert(sizeof(scores) == Tile::kRows / 2 * sizeof(float), "a tile's scores");
         ptx::wgmma_commit();
@@ -435,12 +444,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       // out += weights V, issued.
       auto issue_values = [&](auto tile, const auto& weights) {
         using Tile = decltype(tile);
+        const auto b =
+            ptx::mn_major_descriptor<Swizzle::k128>(tile.address(), Tile::kPanelBytes);
 #pragma unroll
         for (int step = 0; step < Tile::kRows / 16; ++step) {
-          ptx::wgmma<T, ptx::Major::kMN>(
-              out, weights[step],
-              ptx::mn_major_descriptor<Swizzle::k128>(tile.address(16 * step), Tile::kPanelBytes),
-              true);
+          ptx::wgmma<T, ptx::Major::kMN>(out, weights[step], b.plus(step * 16 * Tile::kRowBytes),
+                                         true);
         }
         ptx::wgmma_commit();
       };
@@ -454,7 +463,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         }
         constexpr int kThreads = kSm90Consumers * kWarpgroup;
         constexpr int kChunks = kHeadDim / kChunkElements<T>;
-        for (int piece = consumer * kWarpgroup + static_cast<int>(threadIdx.x) % kWarpgroup;
+        for (int piece = recomputed(static_cast<int>(threadIdx.x)) - kWarpgroup;
              piece < kGlobalN * kChunks; piece += kThreads) {
           const int64_t j = first + piece / kChunks;
           if (j < seen.lo || j >= seen.hi) {
@@ -532,6 +541,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           ptx::wgmma_fence();
           issue_scores(KeyTile(k_start(k_place.slot)), scores);
           ptx::mbarrier_wait(Barriers::at(Barriers::kVFull, v_place.slot), v_place.parity);
+          ptx::wgmma_fence();
           issue_values(KeyTile(v_start(v_place.slot)), weights);
           ptx::named_barrier_arrive(kOrderBarrier + 1 - consumer, kSm90Consumers * kWarpgroup);
 
@@ -561,15 +571,16 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
-        const int row = warp_row + accumulator_row(r, lane);
-        if (lane % 4 == 0 && row < block.tile.rows) {
+        const int own_lane = recomputed(lane);
+        const int row = recomputed(warp_row) + accumulator_row(r, own_lane);
+        if (own_lane % 4 == 0 && row < block.tile.rows) {
           store_global(p.lse + (block.tile.batch * p.heads_q + block.tile.head) * p.seqlen_q +
                            block.tile.first_row + row,
                        end.lse);
         }
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          q_tile.pair(row, 8 * n + 2 * (lane % 4)) = pack<T>(
+          q_tile.pair(row, 8 * n + 2 * (own_lane % 4)) = pack<T>(
               out[4 * n + 2 * r] * end.out_scale, out[4 * n + 2 * r + 1] * end.out_scale);
         }
       }
