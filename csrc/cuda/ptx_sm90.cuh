@@ -3,8 +3,8 @@
 // csrc/tests/ptx_sm90_test.cu holds the two together.
 //
 // Building. wgmma and setmaxnreg exist for the target sm_90a alone. A kernel that uses this file
-// keeps its body between `#if LMINF_SM90A` and `#endif`, so that the same .cu compiles (to an empty
-// kernel) for every other architecture of the list; setup.py builds 9.0 as 9.0a and then defines
+// keeps its body between `#if LMINF_SM90A` and `#else __trap(); #endif`, so that the same .cu
+// compiles for every other architecture of the list; setup.py builds 9.0 as 9.0a and then defines
 // LMINF_WITH_SM90A for the launchers, which is how they know that the kernel is there.
 //
 // Order of things, which the emulation checks:
@@ -367,8 +367,8 @@ LMINF_DEVICE void store_matrices_transposed(uint32_t row_address, const uint32_t
 // Counts this thread in at a named barrier (ptx_sm80.cuh) without waiting there.
 LMINF_DEVICE void named_barrier_arrive(int id, int threads LMINF_CALLER) {
 #if defined(LMINF_EMULATION)
-  emulation::named_barrier_arrive({"bar.arrive", file, line}, static_cast<unsigned>(id),
-                                  static_cast<unsigned>(threads));
+  emulation::named_barrier({"bar.arrive", file, line}, static_cast<unsigned>(id),
+                           static_cast<unsigned>(threads), false);
 #else
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 #endif
@@ -403,18 +403,14 @@ LMINF_DEVICE int warpgroup_index() {
 template <int kRegisters>
 LMINF_DEVICE void registers_increase() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "24 to 256, by 8");
-#if defined(LMINF_EMULATION)
-  emulation::set_registers(kRegisters, true);
-#else
+#if !defined(LMINF_EMULATION)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 #endif
 }
 template <int kRegisters>
 LMINF_DEVICE void registers_decrease() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "24 to 256, by 8");
-#if defined(LMINF_EMULATION)
-  emulation::set_registers(kRegisters, false);
-#else
+#if !defined(LMINF_EMULATION)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 #endif
 }

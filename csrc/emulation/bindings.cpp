@@ -220,7 +220,10 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def("clamped_rope", &clamped_rope);
   m.def(
       "set_device",
-      [](int capability, int multiprocessors) { set_device({capability, multiprocessors}); },
+      [](int capability, int multiprocessors, bool has_sm90a) {
+        set_device({capability, multiprocessors, has_sm90a});
+      },
       py::arg("capability") = Device().capability,
-      py::arg("multiprocessors") = Device().multiprocessors);
+      py::arg("multiprocessors") = Device().multiprocessors,
+      py::arg("has_sm90a") = Device().has_sm90a);
 }

@@ -1,18 +1,20 @@
 // Host bodies of csrc/cuda/ptx_sm90.cuh, from the PTX ISA's description of each instruction.
 //
-//   - Two views of shared memory: what ordinary loads and stores see, and what wgmma and TMA see.
-//     TMA writes both; ordinary stores reach the other view with fence_proxy_async.
+//   - Shared memory has two views: ordinary loads and stores see one, wgmma and TMA the other. TMA
+//     writes both; fence_proxy_async brings ordinary stores to the other. A wgmma or TMA store
+//     whose operands differ between the two is a fault.
 //   - A TMA load lands when no thread can run (in a seeded schedule, at any moment). Until then its
-//     bytes are NaN, and a wgmma, TMA store, ldmatrix or second load that touches them is a fault.
+//     bytes are NaN, and a wgmma, TMA store or second load that touches them is a fault.
 //   - A wgmma reads its operands and lands its results at the wait that covers it (in a seeded
-//     schedule, its operands are read as soon as all four warps have issued it, now and then).
-//     Until then its accumulators are NaN. Whoever changes them, its A registers, or loads over its
-//     operands in the meantime is reported.
-//   - A TMA store reads its source at the wait that covers it (seeded: at once, now and then).
+//     schedule it may read them as soon as all four warps have issued it). Until then its
+//     accumulators are NaN; whoever changes them or its A registers, or loads over its operands, is
+//     reported.
+//   - A TMA store reads its source at the wait that covers it (in a seeded schedule maybe at once).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "runtime.h"
 
@@ -60,9 +62,15 @@ void check_landed(const void* registers, size_t bytes);
 
 // stmatrix.sync.aligned.m8n8.x4[.trans].shared.b16
 void store_matrices(uint32_t row_address, const uint32_t (&r)[4], bool transposed);
-void named_barrier_arrive(Site site, unsigned id, unsigned threads);
 bool elect_one(Site site);
-void set_registers(int registers, bool increase);
-void grid_wait();
 
+// What runtime.cpp asks of the copy engine and the tensor cores.
+namespace engines {
+
+void start_block();
+bool step();  // lands one copy; false when none is in flight
+void end_block();
+std::string report();  // for a deadlock: every mbarrier's state
+
+}  // namespace engines
 }  // namespace lminf::emulation
