@@ -158,7 +158,8 @@ LMINF_DEVICE int accumulator_row(int r, int lane) { return lane / 4 + 8 * r; }
 // of at most 128 columns, a bit each.
 LMINF_DEVICE uint32_t own_columns(ColumnRange range, int first) {
   auto below = [&](int column) {
-    const int own = column / 8 * 2 + max(0, min(2, column % 8 - first));
+    const int past = column % 8 - first;
+    const int own = column / 8 * 2 + (past <= 0 ? 0 : past == 1 ? 1 : 2);
     return own >= 32 ? ~0u : (1u << own) - 1;
   };
   return below(range.hi) & ~below(range.lo);
