@@ -45,8 +45,8 @@ constexpr int kSm90BarrierBytes = 256;
 // A thread's registers, which setmaxnreg shares out in eights. The launch takes 168 for each of 384
 // threads, the most that fit 65,536; the producer gives away what it does not need.
 constexpr int kSm90LaunchRegisters = 65536 / kSm90Threads / 8 * 8;
-constexpr int kSm90ProducerRegisters = 72;
-constexpr int kSm90ConsumerRegisters = 216;
+constexpr int kSm90ProducerRegisters = 56;
+constexpr int kSm90ConsumerRegisters = 224;
 static_assert(kSm90ProducerRegisters + kSm90Consumers * kSm90ConsumerRegisters <=
                   (1 + kSm90Consumers) * kSm90LaunchRegisters,
               "no more than the launch took");
