@@ -12,8 +12,6 @@
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
 
-constexpr int64_t kMaxHeadsPerTask = 16;
-
 // What one thread needs for its tasks.
 template <typename E>
 struct AttnScratch {
