@@ -6,6 +6,12 @@ from typing import Any
 import emulated
 import pytest
 import torch
+import transformers
+
+
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
 
 _CUDA = (
     pytest.mark.cuda,
