@@ -925,6 +925,7 @@ void end_block() {
                     show(store.site) + ": the thread ended before the store had read its source");
       }
       write_target(store);
+      acquire(&store.token);
     }
   }
   for (unsigned g = 0; g < e.warpgroups.size(); ++g) {
