@@ -278,8 +278,7 @@ void write_both(uint32_t address, const unsigned char* from, uint32_t bytes) {
   }
 }
 
-// Returns what is wrong, or null.
-const char* land(Load& load) {
+void land(Load& load) {
   if (load.source != nullptr) {
     load.agent.read(load.source, load.bytes);
     write_both(load.target, load.source, load.bytes);
@@ -291,11 +290,9 @@ const char* land(Load& load) {
     });
   }
   load.agent.write(shared_memory() + load.target, load.bytes);
-  Mbarrier& b = *load.barrier;
-  load.agent.release(&b.tokens[load.phase & 1]);
+  load.agent.release(&load.barrier->tokens[load.phase & 1]);
   load.agent.finish();
-  b.transactions -= load.bytes;
-  return b.transactions < -kMaxTransactions ? "its transaction count is out of range" : nullptr;
+  load.barrier->transactions -= load.bytes;
 }
 
 void issue(Load load, uint32_t barrier) {
@@ -313,14 +310,6 @@ void issue(Load load, uint32_t barrier) {
     check_idle(load.site, e.storing, at, "which a TMA store still under way reads");
   }
   load.agent.make();
-  if (chance()) {
-    if (const char* problem = land(load)) fault(complaint(b, problem));
-    // All arrivals may be in: then this was what the phase waited for.
-    if (b.pending == 0) {
-      if (const char* problem = settle(b)) fault(complaint(b, problem));
-    }
-    return;
-  }
   std::memset(shared_memory() + load.target, kPoison, load.bytes);
   std::memset(e.async_view.data() + load.target, kPoison, load.bytes);
   for (uint32_t at = load.target; at < load.target + load.bytes; at += kChunk) {
@@ -520,6 +509,14 @@ Accumulators* in_flight(Site site, Warpgroup& w, unsigned i, const float* regist
 
 void check_same(Site site, bool same, const char* what) {
   if (!same) fault(show(site) + ": the threads of a warpgroup disagree about the " + what);
+}
+
+// The one that ends next, or null: they end in order, each adds to what those before it left.
+Multiply* oldest(Warpgroup& w) {
+  for (Multiply& m : w.multiplies) {
+    if (!m.done) return &m;
+  }
+  return nullptr;
 }
 
 // Retires what all threads are past.
@@ -758,10 +755,6 @@ void wgmma(Site site, float* d, int n, const uint32_t* a_registers, uint64_t a, 
       }
     }
   }
-  if (last) {
-    if (chance() && (number == w.first || w.multiplies[number - w.first - 1].done)) compute(m);
-    wake(w.waiting);
-  }
 }
 
 void wgmma_commit(Site site) {
@@ -782,12 +775,7 @@ void wgmma_wait(int newest_groups_left) {
   for (; w.waited[i] < w.issued[i]; ++w.waited[i]) {
     const auto at = [&]() -> Multiply& { return w.multiplies[w.waited[i] - w.first]; };
     if (!covered(at().group)) break;
-    while (at().issued < kWarpgroup) wait_on(w.waiting, at().site);
-    // In order: each adds to what those before it left.
-    for (uint64_t number = w.first; number <= w.waited[i]; ++number) {
-      Multiply& m = w.multiplies[number - w.first];
-      if (!m.done) compute(m);
-    }
+    while (!at().done) wait_on(w.waiting, at().site);
     Multiply& m = at();
     acquire(&m.done_token);
     if (m.a_in_registers && !std::equal(m.a_values[i], m.a_values[i] + 4, m.a_registers[i])) {
@@ -894,19 +882,32 @@ void start_block() {
 
 bool step() {
   Engines& e = state;
-  if (!e.used || e.loads.empty()) return false;
+  if (!e.used) return false;
   const Unwatched unwatched;
-  const auto chosen = e.loads.begin() + static_cast<int64_t>(random_below(e.loads.size()));
-  Load load = *chosen;
-  e.loads.erase(chosen);
-  for (uint32_t at = load.target; at < load.target + load.bytes; at += kChunk) {
-    --e.loading[at / kChunk];
+  std::vector<Warpgroup*> ready;  // whose oldest wgmma under way can end
+  for (Warpgroup& w : e.warpgroups) {
+    const Multiply* m = oldest(w);
+    if (m != nullptr && m->issued == kWarpgroup) ready.push_back(&w);
   }
-  Mbarrier& b = *load.barrier;
-  const char* problem = land(load);
-  // Bytes may come before the arrival that tells to expect them; not after the last arrival.
-  if (problem == nullptr && b.pending == 0) problem = settle(b);
-  if (problem != nullptr) fail(load.thread, show(load.site) + ": " + complaint(b, problem));
+  const size_t works = e.loads.size() + ready.size();
+  if (works == 0) return false;
+  const size_t chosen = random_below(works);
+  if (chosen < e.loads.size()) {
+    Load load = e.loads[chosen];
+    e.loads.erase(e.loads.begin() + static_cast<int64_t>(chosen));
+    for (uint32_t at = load.target; at < load.target + load.bytes; at += kChunk) {
+      --e.loading[at / kChunk];
+    }
+    land(load);
+    // Bytes may come before the arrival that tells to expect them; not after the last arrival.
+    Mbarrier& b = *load.barrier;
+    const char* problem = b.pending == 0 ? settle(b) : nullptr;
+    if (problem != nullptr) fail(load.thread, show(load.site) + ": " + complaint(b, problem));
+  } else {
+    Warpgroup& w = *ready[chosen - e.loads.size()];
+    compute(*oldest(w));
+    wake(w.waiting);
+  }
   return true;
 }
 
@@ -924,6 +925,7 @@ void end_block() {
                     show(store.site) + ": the thread ended before the store had read its source");
       }
       write_target(store);
+      acquire(&store.token);
     }
   }
   for (unsigned g = 0; g < e.warpgroups.size(); ++g) {

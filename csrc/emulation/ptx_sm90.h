@@ -3,12 +3,13 @@
 //   - Shared memory has two views: ordinary loads and stores see one, wgmma and TMA the other. TMA
 //     writes both; fence_proxy_async brings ordinary stores to the other. A wgmma or TMA store
 //     whose operands differ between the two is a fault.
-//   - A TMA load lands when no thread can run (in a seeded schedule, at any moment). Until then its
-//     bytes are NaN, and a wgmma, TMA store or second load that touches them is a fault.
-//   - A wgmma reads its operands and lands its results at the wait that covers it (in a seeded
-//     schedule it may read them as soon as all four warps have issued it). Until then its
-//     accumulators are NaN; whoever changes them or its A registers, or loads over its operands, is
-//     reported.
+//   - A TMA load lands and a wgmma ends when no thread can run (in a seeded schedule, at any
+//   moment),
+//     loads before wgmmas. Until a load has landed its bytes are NaN, and a wgmma, TMA store or
+//     second load that touches them is a fault.
+//   - A wgmma reads its operands when it ends; its results land at the wait that covers it. Until
+//     then its accumulators are NaN; whoever changes them or its A registers, or loads over its
+//     operands, is reported.
 //   - A TMA store reads its source at the wait that covers it (in a seeded schedule maybe at once).
 #pragma once
 
@@ -68,7 +69,7 @@ bool elect_one(Site site);
 namespace engines {
 
 void start_block();
-bool step();  // lands one copy; false when none is in flight
+bool step();  // ends one load or wgmma; false when none can
 void end_block();
 std::string report();  // for a deadlock: every mbarrier's state
 

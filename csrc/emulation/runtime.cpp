@@ -18,8 +18,9 @@
 #include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_read_range(void* address, unsigned long bytes);
 extern "C" void __tsan_write_range(void* address, unsigned long bytes);
-extern "C" void AnnotateIgnoreReadsAndWritesBegin(const char* file, int line);
-extern "C" void AnnotateIgnoreReadsAndWritesEnd(const char* file, int line);
+// Reads and writes, for all its name.
+extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
 #endif
 
 namespace lminf::emulation {
@@ -587,8 +588,8 @@ void release(void* token) { happens_before(token); }
 void acquire(void* token) { happens_after(token); }
 
 #if defined(LMINF_THREAD_SANITIZER)
-Unwatched::Unwatched() { AnnotateIgnoreReadsAndWritesBegin(__FILE__, __LINE__); }
-Unwatched::~Unwatched() { AnnotateIgnoreReadsAndWritesEnd(__FILE__, __LINE__); }
+Unwatched::Unwatched() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }
+Unwatched::~Unwatched() { AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
 
 namespace {
 
