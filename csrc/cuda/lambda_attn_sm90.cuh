@@ -23,6 +23,7 @@
 #pragma once
 
 #include "attn_rows.cuh"
+#include "exact_row.cuh"
 #include "lambda_attn.h"
 #include "ptx_sm90.cuh"
 #include "shared_tile.cuh"
@@ -57,28 +58,21 @@ class PanelTile {
   }
 
   LMINF_DEVICE T& element(int row, int dim) const {
-    return reinterpret_cast<T*>(at(row, dim))[dim % kChunkElements<T>];
-  }
-  // Two neighbours, the first at an even dim.
-  LMINF_DEVICE uint32_t& pair(int row, int dim) const {
-    return *reinterpret_cast<uint32_t*>(&element(row, dim));
-  }
-  LMINF_DEVICE Chunk& chunk(int row, int dim) const {
-    return *reinterpret_cast<Chunk*>(at(row, dim));
-  }
-
- private:
-  // The chunk that holds a column.
-  LMINF_DEVICE unsigned char* at(int row, int dim) const {
 #if defined(LMINF_EMULATION)
     if (row < 0 || row >= kRows) emulation::index_fault("tile row", row, kRows);
     if (dim < 0 || dim >= kDim_) emulation::index_fault("tile column", dim, kDim_);
 #endif
     const int chunk = dim % kPanel / kChunkElements<T>;
-    return shared_memory() + start_ + dim / kPanel * kPanelBytes + row * kRowBytes +
-           (chunk ^ (row & 7)) * 16;
+    unsigned char* from = shared_memory() + start_ + dim / kPanel * kPanelBytes + row * kRowBytes +
+                          (chunk ^ (row & 7)) * 16;
+    return reinterpret_cast<T*>(from)[dim % kChunkElements<T>];
+  }
+  // Two neighbours, the first at an even dim.
+  LMINF_DEVICE uint32_t& pair(int row, int dim) const {
+    return *reinterpret_cast<uint32_t*>(&element(row, dim));
   }
 
+ private:
   int start_;
 };
 
@@ -141,7 +135,6 @@ struct RingPlace {
 // Named barriers; 0 is __syncthreads.
 constexpr int kOrderBarrier = 1;     // + consumer: its turn at the tensor cores
 constexpr int kConsumerBarrier = 3;  // + consumer: its four warps
-constexpr int kConsumersBarrier = 5;
 
 struct Sm90Arguments {
   TensorMap q, out, window_k, window_v, near_k, far_k, global_v;
@@ -151,8 +144,22 @@ struct Sm90Arguments {
 
 // --- Scores and weights of one thread: two rows of its warp's sixteen ---
 
-// Element 4n + 2r + e of an accumulator stands in row lane / 4 + 8r and column 8n + 2(lane % 4) + e.
-LMINF_DEVICE int accumulator_row(int r, int lane) { return lane / 4 + 8 * r; }
+// Element 4n + 2r + e of an accumulator stands in row row_index(r, lane) and column 8n + 2(lane % 4)
+// + e.
+struct RowStates {
+  static constexpr int kRows = 2;
+  float max[kRows] = {minus_infinity(), minus_infinity()};  // of the scores so far, base 2
+  float sum[kRows] = {0.0f, 0.0f};                          // this lane's share
+
+  // Row r of this lane over all its columns.
+  LMINF_DEVICE SoftmaxState row(int r) const {
+    float total = sum[r];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    return {max[r], total};
+  }
+  LMINF_DEVICE static int row_index(int r, int lane) { return lane / 4 + 8 * r; }
+};
 
 // Of a lane's columns of a row, 8n + first and the one after it for n = 0, 1, ..., those in a range
 // of at most 128 columns, a bit each.
@@ -174,14 +181,14 @@ LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows& rows, bo
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
       const int r = i / 2 % 2;
-      s[i] = rows.score(s[i], r, accumulator_row(r, lane), i / 4 * 8 + 2 * (lane % 4) + i % 2);
+      s[i] = rows.score(s[i], r, RowStates::row_index(r, lane), i / 4 * 8 + 2 * (lane % 4) + i % 2);
     }
   }
   if (!full) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t seen =
-          own_columns(rows.columns(accumulator_row(r, lane)), 2 * (lane % 4));
+          own_columns(rows.columns(RowStates::row_index(r, lane)), 2 * (lane % 4));
 #pragma unroll
       for (int i = 0; i < kKeys / 4; ++i) {
         if ((seen >> i & 1) == 0) s[i / 2 * 4 + 2 * r + i % 2] = minus_infinity();
@@ -189,19 +196,6 @@ LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows& rows, bo
     }
   }
 }
-
-struct RowStates {
-  float max[2] = {minus_infinity(), minus_infinity()};  // of the scores so far, base 2
-  float sum[2] = {0.0f, 0.0f};                          // this lane's share
-
-  // Row r of this lane over all its columns.
-  LMINF_DEVICE SoftmaxState row(int r) const {
-    float total = sum[r];
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    return {max[r], total};
-  }
-};
 
 // Scores become weights relative to the new maximum. `factor` is what belongs to the old one must
 // be multiplied by; false when that is 1 for all rows of the warp.
@@ -455,26 +449,6 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         ptx::wgmma_commit();
       };
 
-      // global_v may have rows that were never written (those of a cache that is filling up), and
-      // a weight of zero does not silence a NaN: what no row of the block sees becomes zeros.
-      auto silence_unseen_values = [&](const GlobalTile& tile, const Range& seen, int64_t first) {
-        if (p.global_v == nullptr ||
-            (seen.lo <= first && min64(first + kGlobalN, p.n_global) <= seen.hi)) {
-          return;
-        }
-        constexpr int kThreads = kSm90Consumers * kWarpgroup;
-        constexpr int kChunks = kHeadDim / kChunkElements<T>;
-        for (int piece = recomputed(static_cast<int>(threadIdx.x)) - kWarpgroup;
-             piece < kGlobalN * kChunks; piece += kThreads) {
-          const int64_t j = first + piece / kChunks;
-          if (j < seen.lo || j >= seen.hi) {
-            tile.chunk(piece / kChunks, piece % kChunks * kChunkElements<T>) = Chunk{};
-          }
-        }
-        ptx::fence_proxy_async();
-        ptx::named_barrier(kConsumersBarrier, kThreads);
-      };
-
       // --- Far and near tiles: a few keys, one step after the other ---
       auto meet_globals = [&](int branch) {
         const BranchPlan<T>& plan = block.branches[branch];
@@ -497,10 +471,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           pack_weights<T>(scores, weights);
 
           ptx::mbarrier_wait(Barriers::at(Barriers::kVFull, v_place.slot), v_place.parity);
-          const GlobalTile v_tile(v_start(v_place.slot));
-          silence_unseen_values(v_tile, plan.visible, plan.origin + index * kGlobalN);
           ptx::wgmma_fence();
-          issue_values(v_tile, weights);
+          issue_values(GlobalTile(v_start(v_place.slot)), weights);
           ptx::wgmma_wait<0>(out);
           arrive(Barriers::at(Barriers::kVEmpty, v_place.slot));
           v_place.next();
@@ -568,21 +540,42 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       // --- Normalise; out takes Q's place and is stored from there, lse directly ---
       const bool has_sink = p.score.sink_logits != nullptr;
       const float sink = has_sink ? load_global(p.score.sink_logits + block.tile.head) : 0.0f;
+      const int own_lane = recomputed(lane);
+      bool spoilt[RowStates::kRows];
       sync_group();  // all four warps' products with these rows are done
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
-        const int own_lane = recomputed(lane);
-        const int row = recomputed(warp_row) + accumulator_row(r, own_lane);
+      for (int r = 0; r < RowStates::kRows; ++r) {
+        const SoftmaxState total = state.row(r);
+        const SoftmaxEnd end = finish(total, has_sink, sink);
+        const int row = recomputed(warp_row) + RowStates::row_index(r, own_lane);
         if (own_lane % 4 == 0 && row < block.tile.rows) {
           store_global(p.lse + (block.tile.batch * p.heads_q + block.tile.head) * p.seqlen_q +
                            block.tile.first_row + row,
                        end.lse);
         }
+        float zero = 0.0f;  // until something is not finite
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          q_tile.pair(row, 8 * n + 2 * (own_lane % 4)) = pack<T>(
-              out[4 * n + 2 * r] * end.out_scale, out[4 * n + 2 * r + 1] * end.out_scale);
+          const float first = out[4 * n + 2 * r], second = out[4 * n + 2 * r + 1];
+          q_tile.pair(row, 8 * n + 2 * (own_lane % 4)) =
+              pack<T>(first * end.out_scale, second * end.out_scale);
+          zero = fmaf(first, 0.0f, fmaf(second, 0.0f, zero));
+        }
+        spoilt[r] = zero != 0.0f && total.sum == total.sum;
+      }
+
+      // --- Rows that a hidden value has spoilt ---
+      if (const uint32_t rows = spoilt_rows<RowStates>(spoilt); rows != 0) {
+        __syncwarp();  // the other lanes' writes to these rows
+        for (int n = 0; n < 16; ++n) {
+          const int row = recomputed(warp_row) + n;
+          if ((rows >> n & 1) == 0 || row >= block.tile.rows) continue;
+          float exact[kHeadDim / kWarpSize];
+          exact_row<T>(sources, block.tile, row, exact);
+#pragma unroll
+          for (int i = 0; i < kHeadDim / kWarpSize; ++i) {
+            q_tile.element(row, own_lane + kWarpSize * i) = from_float<T>(exact[i]);
+          }
         }
       }
       ptx::fence_proxy_async();

@@ -34,7 +34,7 @@ struct Sm90Tiles {
 constexpr Sm90Tiles kSm90Tiles[] = {
     {64, 128, 128, 4, 2},
     {128, 128, 128, 2, 2},
-    {256, 128, 48, 2, 1},
+    {256, 128, 48, 3, 1},
 };
 constexpr int64_t kSm90MaxHeadDim = 256;
 constexpr int kSm90Consumers = 2;                         // warpgroups that multiply
@@ -45,8 +45,8 @@ constexpr int kSm90BarrierBytes = 256;
 // A thread's registers, which setmaxnreg shares out in eights. The launch takes 168 for each of 384
 // threads, the most that fit 65,536; the producer gives away what it does not need.
 constexpr int kSm90LaunchRegisters = 65536 / kSm90Threads / 8 * 8;
-constexpr int kSm90ProducerRegisters = 56;
-constexpr int kSm90ConsumerRegisters = 224;
+constexpr int kSm90ProducerRegisters = 72;
+constexpr int kSm90ConsumerRegisters = 216;
 static_assert(kSm90ProducerRegisters + kSm90Consumers * kSm90ConsumerRegisters <=
                   (1 + kSm90Consumers) * kSm90LaunchRegisters,
               "no more than the launch took");
