@@ -100,7 +100,8 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
   }
 }
 
-// The rows of a warp that this is for: a bit each, of the rows that State::row_index counts. `spoilt[r]` says it of this lane's part of its row r.
+// The rows of a warp that this is for: a bit each, of the rows that State::row_index counts.
+// `spoilt[r]` says it of this lane's part of its row r.
 template <typename State>
 LMINF_DEVICE uint32_t spoilt_rows(const bool (&spoilt)[State::kRows]) {
   uint32_t rows = 0;

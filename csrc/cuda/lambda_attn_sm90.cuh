@@ -144,7 +144,8 @@ struct Sm90Arguments {
 
 // --- Scores and weights of one thread: two rows of its warp's sixteen ---
 
-// Element 4n + 2r + e of an accumulator stands in row row_index(r, lane) and column 8n + 2(lane % 4)
+// Element 4n + 2r + e of an accumulator stands in row row_index(r, lane) and column 8n + 2(lane %
+// 4)
 // + e.
 struct RowStates {
   static constexpr int kRows = 2;
@@ -270,8 +271,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   auto k_start = [](int stage) { return Traits::kKStart + stage * KeyTile::kBytes; };
   auto v_start = [](int stage) { return Traits::kVStart + stage * KeyTile::kBytes; };
   auto plan_slot = [](int slot) -> BlockPlan<T>& {
-    return SharedArray<BlockPlan<T>>(
-        shared_memory() + Traits::kPlanStart + slot * kSm90PlanBytes, 1)[0];
+    return SharedArray<BlockPlan<T>>(shared_memory() + Traits::kPlanStart + slot * kSm90PlanBytes,
+                                     1)[0];
   };
   RingPlace<Traits::kQSlots> q_place;
   RingPlace<Traits::kStages> k_place, v_place;
@@ -290,17 +291,23 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       ptx::mbarrier_init(Barriers::at(Barriers::kVEmpty, stage), 4 * kSm90Consumers);
     }
     ptx::fence_barrier_init();
+    for (const TensorMap* map : {&arguments.q, &arguments.window_k, &arguments.window_v}) {
+      ptx::tma_prefetch_map(*map);
+    }
   }
   __syncthreads();
 
   if (warp < 4) {
     ptx::registers_decrease<kSm90ProducerRegisters>();
     if (warp == 0) {
-      // --- Loads: the plan and Q of a tile, then its keys, each key tile's values one tile later ---
+      // --- Loads: the plan and Q of a tile, then its keys, each key tile's values one tile later
+      // ---
       for (int64_t work = blockIdx.x; work < arguments.works; work += gridDim.x, q_place.next()) {
-        ptx::mbarrier_wait(Barriers::at(Barriers::kQEmpty, q_place.slot), q_place.parity ^ 1);
         BlockPlan<T>& block = plan_slot(q_place.slot);
-        if (lane == 0) block.tile = query_tile(sources, work, Traits::kBlockM);
+        if (lane == 0) {
+          ptx::mbarrier_wait(Barriers::at(Barriers::kQEmpty, q_place.slot), q_place.parity ^ 1);
+          block.tile = query_tile(sources, work, Traits::kBlockM);
+        }
         __syncwarp();
         if (lane < kBranches) {
           block.branches[lane] =
@@ -321,8 +328,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
         auto load = [&](const TensorMap& map, int start, int panel_bytes, uint32_t full, int row) {
           ptx::mbarrier_arrive_expect_tx(full, kPanels * panel_bytes);
-          const uint32_t target =
-              shared_address(shared_memory()) + static_cast<uint32_t>(start);
+          const uint32_t target = shared_address(shared_memory()) + static_cast<uint32_t>(start);
           for (int panel = 0; panel < kPanels; ++panel) {
             ptx::tma_load_4d(target + panel * panel_bytes, map, full, panel * kPanel, row, kv_head,
                              batch);
@@ -346,8 +352,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         for (int visit = 0; visit <= visits; ++visit) {
           if (visit < visits) {
             const bool window = visit >= near_end;
-            const BranchPlan<T>& plan =
-                block.branches[window ? kWindow : visit < far_end ? kFar : kNear];
+            const BranchPlan<T>& plan = block.branches[window            ? kWindow
+                                                       : visit < far_end ? kFar
+                                                                         : kNear];
             ptx::mbarrier_wait(Barriers::at(Barriers::kKEmpty, k_place.slot), k_place.parity ^ 1);
             load(window            ? arguments.window_k
                  : visit < far_end ? arguments.far_k
@@ -359,8 +366,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           }
           if (visit > 0) {
             const bool window = visit - 1 >= near_end;
-            const BranchPlan<T>& plan =
-                block.branches[window ? kWindow : visit - 1 < far_end ? kFar : kNear];
+            const BranchPlan<T>& plan = block.branches[window                ? kWindow
+                                                       : visit - 1 < far_end ? kFar
+                                                                             : kNear];
             ptx::mbarrier_wait(Barriers::at(Barriers::kVEmpty, v_place.slot), v_place.parity ^ 1);
             load(window ? arguments.window_v : arguments.global_v, v_start(v_place.slot),
                  window ? KeyTile::kPanelBytes : GlobalTile::kPanelBytes,
@@ -439,8 +447,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       // out += weights V, issued.
       auto issue_values = [&](auto tile, const auto& weights) {
         using Tile = decltype(tile);
-        const auto b =
-            ptx::mn_major_descriptor<Swizzle::k128>(tile.address(), Tile::kPanelBytes);
+        const auto b = ptx::mn_major_descriptor<Swizzle::k128>(tile.address(), Tile::kPanelBytes);
 #pragma unroll
         for (int step = 0; step < Tile::kRows / 16; ++step) {
           ptx::wgmma<T, ptx::Major::kMN>(out, weights[step], b.plus(step * 16 * Tile::kRowBytes),
@@ -488,7 +495,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       }
       meet_globals(kNear);
 
-      // --- Window tiles: Q K^T of one and the weights V of the one before are under way together ---
+      // --- Window tiles: Q K^T of one and the weights V of the one before are under way together
+      // ---
       const BranchPlan<T>& window = block.branches[kWindow];
       if (window.tiles.begin < window.tiles.end) {
         float scores[kBlockN / 2], factor[2];

@@ -31,7 +31,8 @@ void check_head_dim(const char* op, int64_t head_dim) {
   }
 }
 
-// Whether TMA covers a tensor: a side that is stepped over has a stride of its own, below 2^40 bytes.
+// Whether TMA covers a tensor: a side that is stepped over has a stride of its own, below 2^40
+// bytes.
 bool fits_tma(const void* data, const Strides& s, int64_t batch, int64_t heads, int64_t rows) {
   constexpr int64_t kMaxSize = int64_t{1} << 31;
   constexpr int64_t kMaxStride = int64_t{1} << 39;  // elements of 16 bits

@@ -208,6 +208,11 @@ void clamped_rope(const py::dict& values) {
   cuda::clamped_rope(p, nullptr);
 }
 
+std::string attn_kernel(const py::dict& values) {
+  const Arguments a(values);
+  return cuda::name_of(cuda::lambda_attn_kernel(attn_params(a), cuda::device_facts(0)));
+}
+
 }  // namespace
 }  // namespace lminf::emulation
 
@@ -218,6 +223,7 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def("lambda_attn", &lambda_attn);
   m.def("lambda_decode", &lambda_decode);
   m.def("clamped_rope", &clamped_rope);
+  m.def("attn_kernel", &attn_kernel);
   m.def(
       "set_device",
       [](int capability, int multiprocessors, bool has_sm90a) {
