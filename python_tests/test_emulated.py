@@ -100,7 +100,7 @@ def test_another_order_of_threads_gives_the_same_bits_on_hopper(
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_unused_slots_of_the_globals_on_hopper(head_dim):
-    """TMA brings whole tiles of 16 global tokens; those that no query sees yet may hold anything."""
+    """TMA brings whole tiles of 16 global tokens; what no query sees yet may hold anything."""
     q, k, v = qkv(10, 10, head_dim=head_dim, dtype=torch.bfloat16)
     few = [torch.full((1, 1, 16, head_dim), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
     for x, filled in zip(few, (k, v), strict=True):

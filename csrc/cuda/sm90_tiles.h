@@ -14,23 +14,25 @@ struct Sm90Tiles {
                 // its first keys come in while this one ends
 };
 
-// The arithmetic, for 16-bit elements. Accumulators are float32 registers of a consumer's thread:
-// out D / 2, scores N / 2, and the tile before's weights N / 4, all three alive at once.
-// Shared memory is 2 D (q_slots M + 2 stages N), of 227 KiB a block may have. A tile is 4 M N D
-// operations in 4 N D bytes of keys and values, so M operations a byte from the second cache level,
-// of which a multiprocessor takes about 40 bytes a cycle and here asks 32. Cycles a tile takes of
-// the tensor cores (4096 operations a cycle) and of the exponentials (16 a cycle):
-//   D     M    N   registers       shared memory  tensor cores  exponentials
-//   64   128  128   32 + 64 + 32       160 KiB        1024          1024
-//   128  128  128   64 + 64 + 32       192 KiB        2048          1024
-//   256  128   64  128 + 32 + 16       192 KiB        2048           512
-// Keys that the queries of a tile see / keys that they meet, n_global 16, far from either end:
-//   window          256          1024          4096
-//   N = 128      272 / 400   1040 / 1168   4112 / 4240      68%, 89%, 97%
-//   N = 64       272 / 400   1040 / 1168   4112 / 4240      the edges are M + N - 64 wide
-// A third consumer (M = 192) would meet 1360 keys at window 1024, 16% more, and leave 160 registers
-// to a thread; it would save a third of the traffic from the second cache level, which does not
-// bind. So there are two everywhere.
+// The arithmetic, for 16-bit elements.
+// Registers of a consumer's thread: D / 2 outputs and N / 2 scores in float32, and N / 4 pairs of
+// the tile before's weights, all three alive at once, beside about 40 others.
+// Shared memory: 2 D (q_slots M + 2 stages N), of the 227 KiB that a block may have.
+// Operations: 4 M N D a tile, on 4 N D bytes of keys and values: M of them a byte from the second
+// cache level. Cycles of the tensor cores (4096 operations a cycle) and of the exponentials (16 a
+// cycle), the least that a tile takes:
+//   D     M    N   registers      shared memory  tensor cores  exponentials
+//   64   128  128   32 + 64 + 32     160 KiB         1024          1024
+//   128  128  128   64 + 64 + 32     192 KiB         2048          1024
+//   256  128   48  128 + 24 + 12     208 KiB         1536           384    (64 keys spill)
+// Keys that a query sees / keys that it meets, n_global 16 and queries far from either end; tiles
+// of 48 keys do not line up with those of queries, so theirs is a mean:
+//   window      256            1024             4096
+//   N = 128  272 / 400 68%  1040 / 1168 89%  4112 / 4240 97%
+//   N = 48   272 / 432 63%  1040 / 1200 87%  4112 / 4272 96%
+// A third consumer (M = 192, two q slots) would meet 1296 keys at window 1024, 11% more, and leave
+// a thread 160 registers where 128 are taken by D = 64; what it saves, a third of the traffic from
+// the second cache level, does not bind (benchmarks/README.md). So there are two everywhere.
 constexpr Sm90Tiles kSm90Tiles[] = {
     {64, 128, 128, 4, 2},
     {128, 128, 128, 2, 2},
