@@ -285,7 +285,9 @@ class LambdaDecodeStep {
   }
 
   static bool row_hides(const float* table, int n) {
-    return std::find(table, table + n, minus_infinity()) != table + n;
+    int hidden = 0;  // counted to the end, in whole vectors
+    for (int c = 0; c < n; ++c) hidden += table[c] == minus_infinity();
+    return hidden > 0;
   }
 
   void combine(int64_t pair, int64_t splits, const RowStates& all) const {
