@@ -104,6 +104,10 @@ ATTN_CASES = [
     ({"distance_bias": zeros(HQ, 9), "max_distance": HUGE}, "distance_bias has shape [4, 9], but"),
     ({"distance_bias": zeros(HKV, 5)}, "distance_bias has shape [2, 5], but must be [Hq, max_"),
     ({"distance_bias": zeros(5)}, "distance_bias has shape [5], but must be [Hq, max_distance + 1"),
+    (
+        {"distance_bias": zeros(1).expand(HQ, 2**30 + 1), "max_distance": 2**30},
+        "distance_bias has 1073741825 distances, but may have at most 2^30",
+    ),
     ({"distance_bias": zeros(HQ, 5).int()}, "distance_bias has dtype int32, but must be float32"),
     ({"distance_bias": zeros(HQ, 5, device="meta")}, "the tensors are on cpu and meta"),
     # Positions

@@ -70,6 +70,13 @@ inline std::optional<Tensor> per_head(const char* op, const char* name,
   return as_float(op, name, *vector, q);
 }
 
+// Kernels count distances in a table in int32.
+inline void check_table_length(const char* op, const Tensor& distance_bias) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  LMINF_CHECK(op, distance_bias.size(1) <= kMost, "distance_bias has ", distance_bias.size(1),
+              " distances, but may have at most 2^30; take a smaller max_distance");
+}
+
 // distance_bias [Hq, max_distance + 1] of any floating dtype, as float32.
 inline std::optional<Tensor> bias_by_distance(const char* op,
                                               const std::optional<Tensor>& distance_bias,
@@ -79,6 +86,7 @@ inline std::optional<Tensor> bias_by_distance(const char* op,
   check_shape(op, "distance_bias", *distance_bias,
               {q.size(1), max_distance == kMost ? kMost : max_distance + 1},
               "[Hq, max_distance + 1]");
+  check_table_length(op, *distance_bias);
   return as_float(op, "distance_bias", *distance_bias, q);
 }
 

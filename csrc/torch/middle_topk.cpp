@@ -24,6 +24,7 @@ std::optional<Tensor> bias_at_distance(const std::optional<Tensor>& distance_bia
   LMINF_CHECK(kOp, distance_bias->size(0) == q.size(1) && distance_bias->size(1) > distance,
               "distance_bias has shape ", shape_of(*distance_bias), ", but must have ", q.size(1),
               " rows, one a head, and more than distance columns, which is ", distance);
+  check_table_length(kOp, *distance_bias);
   return as_float(kOp, "distance_bias", *distance_bias, q);
 }
 
