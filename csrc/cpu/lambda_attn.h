@@ -12,8 +12,6 @@
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
 
-constexpr int64_t kMaxHeadsPerTask = 16;
-
 // Distances that the queries of a block have to the keys of a tile.
 constexpr int64_t kBiasStride = kBlockM + kBlockN;
 

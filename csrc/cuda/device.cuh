@@ -21,6 +21,7 @@
 #include "../core/common.h"
 #include "../params.h"
 #include "launchers.h"
+#include "plan.h"
 
 namespace lminf::cuda {
 
@@ -209,18 +210,12 @@ struct LaunchShape {
   int shared_bytes;
 };
 
-constexpr int64_t kMaxBlocks = 2147483647;
-
 // Throws std::runtime_error when the launch is impossible or the runtime reports an error.
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), LaunchShape shape,
             [[maybe_unused]] Stream stream, const Args&... args) {
   if (shape.blocks <= 0) return;
-  if (shape.blocks > kMaxBlocks) {
-    throw std::runtime_error(std::string(name) + ": needs " + std::to_string(shape.blocks) +
-                             " blocks, a launch takes at most " + std::to_string(kMaxBlocks) +
-                             "; split the batch");
-  }
+  check_blocks(name, shape.blocks);
 #if defined(LMINF_EMULATION)
   emulation::launch(name, {static_cast<unsigned>(shape.blocks), 1, 1},
                     {static_cast<unsigned>(shape.threads), 1, 1},

@@ -14,24 +14,9 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = 4;
-constexpr int kBlockM = kWarps * kWarpRows;
-constexpr int kBlockN = 32;  // a key for each lane
-constexpr int kPlanBytes = 512;
-
-struct SharedSizes {
-  int q, keys, out, weights;  // floats
-  int key_pitch;              // odd, so that the lanes' keys stand in different banks
-  LMINF_HD explicit SharedSizes(int head_dim)
-      : q(kBlockM * head_dim),
-        keys(kBlockN * (head_dim | 1)),
-        out(kBlockM * head_dim),
-        weights(kBlockM * kBlockN),
-        key_pitch(head_dim | 1) {}
-  LMINF_HD int bytes() const { return 4 * (q + keys + out + weights) + kPlanBytes; }
-};
+constexpr int kThreads = kPlainWarps * kWarpSize;
+constexpr int kBlockM = kPlainTiles.block_m, kBlockN = kPlainTiles.block_n;
+constexpr int kWarpRows = kBlockM / kPlainWarps;
 
 LMINF_DEVICE float warp_max(float x) {
 #pragma unroll
@@ -56,10 +41,10 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
   if (tile.rows <= 0) return;
 
   // --- Shared memory ---
-  const SharedSizes sizes(head_dim);
+  const PlainSharedSizes sizes(head_dim);
   unsigned char* memory = shared_memory();
   const SharedArray<BranchPlan<T>> plans(memory, kBranches);
-  memory += kPlanBytes;
+  memory += kPlainPlanBytes;
   auto take = [&](int floats) {
     const SharedArray<float> array(memory, floats);
     memory += 4 * floats;
@@ -197,7 +182,7 @@ void run(const AttnSources& sources, Stream stream) {
   const LambdaAttnParams& p = sources.p;
   launch("lambda_attn_plain", lambda_attn_plain_kernel<T>,
          {sources.query_tiles * p.heads_q * p.batch, kThreads,
-          SharedSizes(static_cast<int>(p.head_dim)).bytes()},
+          PlainSharedSizes(static_cast<int>(p.head_dim)).bytes()},
          stream, sources);
 }
 

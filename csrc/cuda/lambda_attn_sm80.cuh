@@ -20,31 +20,6 @@
 namespace lminf::cuda {
 
 constexpr int kGlobalN = 16;  // keys of a far or near tile: n_global is 4 to 16 in practice
-constexpr int kStages = 2;
-
-// Tile sizes. Wanted: 32 rows a warp, so that a key fragment read from shared memory feeds two mma
-// (shared memory keeps up with the tensor cores at a half of its rate); no spill at 255 registers,
-// of which accumulators take kBlockM / kWarps * (D + kBlockN) / 32; two blocks an SM of sm_90, one
-// of every sm_8x, whose smallest shared memory is 99 KiB.
-//   D     M    N   accumulators  shared memory
-//   64   128   64      128          48 KiB
-//   80   128   64      144          60 KiB
-//   96   128   64      160          72 KiB
-//   128  128   48      176          80 KiB   (64 spills; 48 also leaves room for two on sm_80)
-//   256   64   32      144          96 KiB
-template <int kHeadDim>
-struct TileSizes {
-  static constexpr int kBlockM = 128, kBlockN = 64;
-};
-template <>
-struct TileSizes<128> {
-  static constexpr int kBlockM = 128, kBlockN = 48;
-};
-template <>
-struct TileSizes<256> {
-  static constexpr int kBlockM = 64, kBlockN = 32;
-};
-
 // What every thread of a block needs to know now and then, in shared memory: registers are scarce.
 template <typename T>
 struct BlockPlan {
@@ -56,17 +31,19 @@ template <typename T, int kHeadDim_>
 struct AttnTraits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlockM = TileSizes<kHeadDim>::kBlockM;
-  static constexpr int kBlockN = TileSizes<kHeadDim>::kBlockN;
-  static constexpr int kWarps = 4;
+  static constexpr TileSizes kTiles = sm80_tiles(kHeadDim);
+  static constexpr int kBlockM = kTiles.block_m;
+  static constexpr int kBlockN = kTiles.block_n;
+  static constexpr int kWarps = kSm80Warps;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kWarpRows = kBlockM / kWarps;
   static constexpr int kRowTiles = kWarpRows / 16;  // mma tiles of a warp's rows
   using QTile = SharedTile<T, kBlockM, kHeadDim>;
   using KeyTile = SharedTile<T, kBlockN, kHeadDim>;
-  static constexpr int kPlanBytes = 640;
-  static constexpr int kSharedBytes = QTile::kBytes + 2 * kStages * KeyTile::kBytes + kPlanBytes;
-  static_assert(sizeof(BlockPlan<T>) <= kPlanBytes, "the plan fits");
+  static constexpr int kPlanStart = QTile::kBytes + 2 * kSm80Stages * KeyTile::kBytes;
+  static constexpr int kSharedBytes = sm80_shared_bytes(kTiles);
+  static_assert(kTiles.head_dim == kHeadDim, "a kernel of its own");
+  static_assert(kPlanStart + sizeof(BlockPlan<T>) <= kSharedBytes, "the plan fits");
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
 };
 
@@ -130,13 +107,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // --- Shared memory: Q, then K and V of each stage, then the plan ---
   const QTile q_tile(0);
   auto k_stage = [](int visit) {
-    return KeyTile(QTile::kBytes + visit % kStages * 2 * KeyTile::kBytes);
+    return KeyTile(QTile::kBytes + visit % kSm80Stages * 2 * KeyTile::kBytes);
   };
   auto v_stage = [](int visit) {
-    return KeyTile(QTile::kBytes + (visit % kStages * 2 + 1) * KeyTile::kBytes);
+    return KeyTile(QTile::kBytes + (visit % kSm80Stages * 2 + 1) * KeyTile::kBytes);
   };
-  const SharedArray<BlockPlan<T>> block(
-      shared_memory() + QTile::kBytes + 2 * kStages * KeyTile::kBytes, 1);
+  const SharedArray<BlockPlan<T>> block(shared_memory() + Traits::kPlanStart, 1);
 
   // --- Which tiles of which branch ---
   if (thread < kBranches) {
@@ -259,17 +235,22 @@ void run_lambda_attn_sm80(AttnSources sources, Stream stream) {
          stream, sources);
 }
 
-// A head dim without a kernel of its own runs in the next larger one, its missing columns zero.
 template <typename T>
 void run_lambda_attn_sm80(const AttnSources& sources, Stream stream) {
-  const int64_t d = sources.p.head_dim;
-  if (d <= 64) return run_lambda_attn_sm80<T, 64>(sources, stream);
-  if (d <= 80) return run_lambda_attn_sm80<T, 80>(sources, stream);
-  if (d <= 96) return run_lambda_attn_sm80<T, 96>(sources, stream);
-  if (d <= 128) return run_lambda_attn_sm80<T, 128>(sources, stream);
-  if (d <= 256) return run_lambda_attn_sm80<T, 256>(sources, stream);
-  throw std::invalid_argument("lambda_attn: head dim " + std::to_string(d) +
-                              " on CUDA, but at most 256 is built");
+  switch (sm80_tiles(sources.p.head_dim).head_dim) {
+    case 64:
+      return run_lambda_attn_sm80<T, 64>(sources, stream);
+    case 80:
+      return run_lambda_attn_sm80<T, 80>(sources, stream);
+    case 96:
+      return run_lambda_attn_sm80<T, 96>(sources, stream);
+    case 128:
+      return run_lambda_attn_sm80<T, 128>(sources, stream);
+    case 256:
+      return run_lambda_attn_sm80<T, 256>(sources, stream);
+  }
+  throw std::invalid_argument("lambda_attn: head dim " + std::to_string(sources.p.head_dim) +
+                              " on tensor cores, but at most 256 is built");
 }
 
 }  // namespace lminf::cuda

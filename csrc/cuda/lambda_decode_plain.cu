@@ -11,21 +11,9 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = kDecodeRows / kWarps;
+constexpr int kThreads = kDecodePlainWarps * kWarpSize;
+constexpr int kWarpRows = kDecodeRows / kDecodePlainWarps;
 constexpr int kHalves = kWarpSize / kDecodeTileKeys;  // a half warp for each of two rows at a time
-
-struct SharedSizes {
-  int rows, keys, weights;  // floats
-  int key_pitch;            // odd, so that the lanes' keys stand in different banks
-  LMINF_HD explicit SharedSizes(int head_dim)
-      : rows(kDecodeRows * head_dim),
-        keys(kDecodeTileKeys * (head_dim | 1)),
-        weights(kDecodeRows * kDecodeTileKeys),
-        key_pitch(head_dim | 1) {}
-  LMINF_HD int bytes(int head_dim) const { return 4 * (2 * rows + keys + weights + 2 * head_dim); }
-};
 
 // The maximum or sum over a half warp.
 LMINF_DEVICE float half_warp_max(float x) {
@@ -56,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
   const int heads = static_cast<int>(min64(kDecodeRows, group - d.head_tile * kDecodeRows));
 
   // --- Shared memory ---
-  const SharedSizes sizes(head_dim);
+  const DecodePlainSharedSizes sizes(head_dim);
   unsigned char* memory = shared_memory();
   auto take = [&](int floats) {
     const SharedArray<float> array(memory, floats);
@@ -240,7 +228,7 @@ void run(const DecodeLaunch& l, Stream stream) {
   const int head_dim = static_cast<int>(l.p.head_dim);
   launch("lambda_decode_plain", lambda_decode_plain_kernel<T>,
          {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, kThreads,
-          SharedSizes(head_dim).bytes(head_dim)},
+          DecodePlainSharedSizes(head_dim).bytes(head_dim)},
          stream, l);
 }
 

@@ -15,25 +15,24 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kStages = 2;
-
 // Accumulators take head dim / 2 registers; shared memory is 69 KiB at 128, three blocks an SM of
 // sm_90.
 template <typename T, int kHeadDim_>
 struct DecodeTraits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kWarps = decode_sm80_warps(kHeadDim);
   static constexpr int kThreads = kWarps * kWarpSize;
   using QTile = SharedTile<T, kDecodeRows, kHeadDim>;
   using NewTile = SharedTile<T, 2, kHeadDim>;  // the new token's key and value
   using KeyTile = SharedTile<T, kDecodeTileKeys, kHeadDim>;
   static constexpr int kNewStart = QTile::kBytes;
   static constexpr int kStageStart = kNewStart + NewTile::kBytes;
-  static constexpr int kWarpBytes = kStages * 2 * KeyTile::kBytes;
+  static constexpr int kWarpBytes = decode_sm80_warp_bytes(kHeadDim);
   static constexpr int kMergeStart = kStageStart + kWarps * kWarpBytes;
   static constexpr int kMergeBytes = kWarps * kDecodeRows * static_cast<int>(sizeof(SoftmaxState));
-  static constexpr int kSharedBytes = kMergeStart + kMergeBytes;
+  static constexpr int kSharedBytes = decode_sm80_shared_bytes(kHeadDim);
+  static_assert(kMergeStart + kMergeBytes == kSharedBytes, "as planned");
   // A warp's result takes the place of its stages.
   static_assert(kDecodeRows * kHeadDim * 4 <= kWarpBytes, "room for the warp's float32 result");
 };
@@ -108,10 +107,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const NewTile new_tile(Traits::kNewStart);
   const int warp_start = Traits::kStageStart + warp * Traits::kWarpBytes;
   auto k_stage = [&](int64_t i) {
-    return KeyTile(warp_start + static_cast<int>(i % kStages) * 2 * KeyTile::kBytes);
+    return KeyTile(warp_start + static_cast<int>(i % kDecodeStages) * 2 * KeyTile::kBytes);
   };
   auto v_stage = [&](int64_t i) {
-    return KeyTile(warp_start + (static_cast<int>(i % kStages) * 2 + 1) * KeyTile::kBytes);
+    return KeyTile(warp_start + (static_cast<int>(i % kDecodeStages) * 2 + 1) * KeyTile::kBytes);
   };
 
   // --- The first keys are under way before anything else ---
@@ -261,16 +260,17 @@ void run(const DecodeLaunch& l, Stream stream) {
       stream, l);
 }
 
-// A head dim in between runs in the next larger kernel; columns it lacks are neither read nor
-// written.
+// Columns that a head dim in between lacks are neither read nor written.
 template <typename T>
 void run(const DecodeLaunch& l, Stream stream) {
-  const int64_t d = l.p.head_dim;
-  if (d <= 64) return run<T, 64>(l, stream);
-  if (d <= 128) return run<T, 128>(l, stream);
-  if (d <= 256) return run<T, 256>(l, stream);
-  throw std::invalid_argument("lambda_decode: head dim " + std::to_string(d) +
-                              " on tensor cores, but at most 256 is built");
+  switch (decode_sm80_head_dim(l.p.head_dim)) {
+    case 64:
+      return run<T, 64>(l, stream);
+    case 128:
+      return run<T, 128>(l, stream);
+    default:
+      return run<T, 256>(l, stream);
+  }
 }
 
 }  // namespace
