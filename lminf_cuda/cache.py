@@ -99,6 +99,7 @@ class LambdaSettings:
         n_global, window, max_distance: of the layers that do not slide by themselves.
         layers: one entry per decoder layer.
         middle_top_k, middle_from_layer, middle_distance: of the middle tokens (middle.py).
+        cross_attends: of an encoder-decoder, whose cross-attention has a cache of its own.
         patch_id: tells the caches of one patched model from those of another. A deep copy of the
             model or of a cache keeps it.
     """
@@ -110,6 +111,7 @@ class LambdaSettings:
     middle_top_k: int = 0
     middle_from_layer: int = 0
     middle_distance: int = 0
+    cross_attends: bool = False
     patch_id: int = field(default_factory=lambda: next(_patch_ids))
 
     def __str__(self) -> str:
