@@ -36,7 +36,7 @@ TEXT_TYPES = sorted(CLASSES.keys() - {"pop2piano", "udop"})
 
 @pytest.fixture(autouse=True, scope="module")
 def single_threaded() -> Iterator[None]:
-    with one_thread():
+    with one_thread(), torch.no_grad():
         yield
 
 
@@ -321,13 +321,43 @@ def test_no_square_mask() -> None:
     assert 0 < largest.numel < length * length // 4
 
 
-def test_compiled_model_decodes() -> None:
-    model = patched()
-    expected = model.generate(**source(model), max_new_tokens=20, do_sample=False)
-    model.decoder.compile(backend="eager")
+@pytest.mark.parametrize("model_type", ["t5", "umt5"])
+def test_compiled_decoder(model_type: str) -> None:
+    """One graph for a text read at once, and steps of a cache as they are without."""
+    model = patched(model_type)
+    ids = tokens(1, 30)
+    encoded = model.encoder(**source(model))[0]
+    whole = {"input_ids": ids, "encoder_hidden_states": encoded, "use_cache": False}
+    expected = model.decoder(**whole)[0]
+    arguments = {**source(model), "max_new_tokens": 20, "do_sample": False}
+    written = model.generate(**arguments)
+    torch._dynamo.reset()
     assert torch.equal(
-        model.generate(**source(model), max_new_tokens=20, do_sample=False), expected
+        torch.compile(model.decoder, backend="eager", fullgraph=True)(**whole)[0], expected
     )
+    torch._dynamo.reset()
+    model.decoder.compile(backend="eager")
+    assert torch.equal(model.generate(**arguments), written)
+
+
+@pytest.mark.parametrize("model_type", TEXT_TYPES)
+@pytest.mark.parametrize("how", ["checkpointing", "dispatched", "offloaded", "offloaded before"])
+def test_wrapped_models(model_type: str, how: str) -> None:
+    model, plain = tiny_t5(model_type), patched(model_type)
+    if how == "offloaded before":
+        pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+    patch_model(model, n_global=N_GLOBAL, window=WINDOW)
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable()
+    elif how == "dispatched":
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    elif how == "offloaded":
+        pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
+    ids = tokens(1, 40)
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+    arguments = {**source(plain), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**arguments), plain.generate(**arguments))
 
 
 def test_middle_tokens() -> None:
