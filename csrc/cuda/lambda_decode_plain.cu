@@ -170,10 +170,12 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
       }
       const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
       const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
+      const float bias =
+          row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
       const float s = column >= tile.keys ? minus_infinity()
                       : scoring.only_scales()
                           ? product * scoring.exponent_unit()
-                          : scoring.score<true>(product, slope, static_cast<float>(distance));
+                          : scoring.score<true>(product, slope, static_cast<float>(distance), bias);
       // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
       const float max = half_warp_max(s);
 #pragma unroll
@@ -183,7 +185,9 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         factor[r + h] = rescale_factor(state[r + h].max, new_max);
         state[r + h].max = new_max;
       }
-      const float weight = exp2f(s - (half == 0 ? state[r].max : state[r + kHalves - 1].max));
+      const float own_max = half == 0 ? state[r].max : state[r + kHalves - 1].max;
+      // A row whose keys were all hidden so far has max -inf; against 0 its weights come out 0.
+      const float weight = exp2f(s - (own_max == minus_infinity() ? 0.0f : own_max));
       const float sum = half_warp_sum(weight);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
@@ -200,8 +204,9 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         const int row = warp * kWarpRows + r;
         float total = 0.0f;
         for (int key = 0; key < kDecodeTileKeys; ++key) {
-          total =
-              fmaf(weights[row * kDecodeTileKeys + key], keys[key * sizes.key_pitch + dim], total);
+          // A hidden key leaves its row alone, be its value infinite.
+          const float weight = weights[row * kDecodeTileKeys + key];
+          if (weight != 0.0f) total = fmaf(weight, keys[key * sizes.key_pitch + dim], total);
         }
         out[row * head_dim + dim] = out[row * head_dim + dim] * factor[r] + total;
       }
