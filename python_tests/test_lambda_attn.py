@@ -160,8 +160,6 @@ def test_padding_is_never_seen(backend, option, poison, dtype):
 @pytest.mark.parametrize("into", ["k", "v"])
 def test_a_key_reaches_only_the_rows_that_see_it(backend, into, poison, dtype):
     """Poison inside tiles that other queries of the same tile do see."""
-    if backend != "cpu" and into == "v" and dtype != torch.float32:
-        pytest.skip("on tensor cores a weight of 0 times an infinite value is NaN")
     n_global, window, seqlen = 3, 20, 150
     q, k, v = qkv(seqlen, seqlen, dtype=dtype)
     rows = torch.arange(seqlen)

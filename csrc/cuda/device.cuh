@@ -11,11 +11,13 @@
 #if defined(LMINF_EMULATION)
 #include "../emulation/device.h"
 #define LMINF_DEVICE inline
+#define LMINF_DEVICE_CALL inline
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define LMINF_DEVICE __device__ __forceinline__
+#define LMINF_DEVICE_CALL __device__ __noinline__  // where a call is better than its registers
 #endif
 
 #include "../core/common.h"
@@ -201,6 +203,20 @@ class SharedArray {
   int size_;
 #endif
 };
+
+// --- Over a warp ---
+
+LMINF_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
+  return x;
+}
+
+LMINF_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
+  return x;
+}
 
 // --- Launching ---
 

@@ -18,18 +18,6 @@ constexpr int kThreads = kPlainWarps * kWarpSize;
 constexpr int kBlockM = kPlainTiles.block_m, kBlockN = kPlainTiles.block_n;
 constexpr int kWarpRows = kBlockM / kPlainWarps;
 
-LMINF_DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
-  return x;
-}
-
-LMINF_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
-  return x;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnSources sources) {
   const LambdaAttnParams& p = sources.p;

@@ -1,6 +1,7 @@
 // Online softmax, merged tile by tile, against the softmax taken at once in long double.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
