@@ -68,8 +68,8 @@ def test_a_device_of_another_size_decodes_the_same(multiprocessors):
 
 
 def test_too_large_a_head_dim_is_refused():
-    q, k, v = qkv(4, 4, head_dim=400)
-    with pytest.raises(ValueError, match="head dim is 400, but on CUDA it must be at most 384"):
+    q, k, v = qkv(4, 4, head_dim=2049)
+    with pytest.raises(ValueError, match="head dim is 2049, but on CUDA it must be at most 2048"):
         emulated.lambda_attn(q, k, v, 1, 2)
 
 

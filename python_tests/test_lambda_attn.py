@@ -88,6 +88,24 @@ def test_head_dims(backend, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [264, 384, 400, 511, 512, 513, 640, 1024, 2048])
+def test_large_head_dims(backend, head_dim, dtype):
+    q, k, v = qkv(9, 40, head_dim=head_dim, dtype=dtype)
+    for option in ("rope", "all"):
+        check_lambda_attn(
+            backend, q, k, v, n_global=3, window=12, max_distance=20, **options(option, 2, head_dim)
+        )
+
+
+@pytest.mark.parametrize("head_dim", range(1, 256, 6))
+def test_a_sweep_of_head_dims(backend, head_dim):
+    """Every rest of a division by 8 and 16, below and above each size that is compiled."""
+    q, k, v = qkv(5, 20, head_dim=head_dim, dtype=DTYPES[head_dim % 3])
+    option = "all" if head_dim > 1 else "alibi"
+    check_lambda_attn(backend, q, k, v, n_global=2, window=6, **options(option, 2, head_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1), (8, 1), (8, 2), (6, 2), (7, 1)], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 80])
 def test_head_groups(backend, heads, seqlen_q, dtype):
