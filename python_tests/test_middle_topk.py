@@ -23,7 +23,6 @@ from torch import Tensor
 
 from lminf_cuda import reference
 
-
 PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits", "distance_bias")
 
 
