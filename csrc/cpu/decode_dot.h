@@ -2,7 +2,7 @@
 // heads against many keys, then their probabilities against the values. Included inside namespace
 // lminf::cpu::LMINF_ISA.
 
-constexpr int kDecodeBlock = 64;  // keys between two softmax steps
+constexpr int kDecodeBlock = 64;  // keys that vectors take between two softmax steps
 
 // Calls f(first head, how many as a constant) over `heads` in the largest steps there are.
 template <typename F>
@@ -15,42 +15,62 @@ inline void for_head_groups(int heads, const F& f) {
   for (; h < heads; ++h) f(h, std::integral_constant<int, 1>{});
 }
 
-// A product offers, over rows of dims `dim` and blocks of n <= kDecodeBlock keys:
-//   Operand                      the type of its queries and probabilities
-//   kProbGrain                   probabilities are read up to a multiple of this, zeros past n
-//   query_size, pack_queries     elements of its packed queries, and how they come from
-//   [heads][dim] floats bytes and the constructor    the scratch that it works in scores(q, heads,
-//   ...)        scores[h][c] = <q[h], k[c]> add_values(probs, heads, ..) out[h] += sum_c
-//   probs[h][c] v[c]
-// Rows of scores and probabilities are kDecodeBlock apart.
+// A product offers, for heads query heads, dims `dim` and blocks of n keys:
+//
+//   kBlock         most keys of a block, and floats from one head's row of scores to the next
+//   kGrain         probabilities are read up to a multiple of this, zeros past n
+//   reads(dim)     whether rows of so many dims can be read where they stand
+//   Operand        element type of packed queries
+//   query_size     how many there are
+//   pack_queries   from floats [heads][dim]
+//   bytes          of scratch that the constructor takes
+//   scores         scores[h][c] = <q[h], k[c]>
+//   add_values     out[h] += sum_c probs[h][c] v[c]
+
+// The row to read when those in hand are done with. The address may lie past the last row.
+template <typename K>
+inline void prefetch_row(const K* row, int dim) {
+  for (int d = 0; d < dim; d += 64 / static_cast<int>(sizeof(K))) prefetch(row + d);
+}
+
+// The reductions of kLanes sums, kLanes / kHeads keys of each head, into rows of scores.
+template <int kHeads, int kBlock>
+inline void store_sums(const Vec* sum, float* scores) {
+  constexpr int kKeys = kLanes / kHeads;
+  float lanes[kLanes];
+  vstore(lanes, vreduce_add_each(sum));
+  LMINF_UNROLL
+  for (int h = 0; h < kHeads; ++h)
+    std::memcpy(scores + h * kBlock, lanes + h * kKeys, kKeys * sizeof(float));
+}
 
 // Products in float; keys and values of type K are converted as they are read.
-template <typename K>
+template <typename K, int kBlockKeys = kDecodeBlock>
 struct DecodeProduct {
   using Operand = float;
-  static constexpr int kProbGrain = kLanes;
+  static constexpr int kBlock = kBlockKeys;
+  static constexpr int kGrain = kLanes;
 
   DecodeProduct() = default;
   DecodeProduct(Scratch&, int /*heads*/, int /*dim*/) {}
   static size_t bytes(int /*heads*/, int /*dim*/) { return 0; }
+  static bool reads(int dim) { return dim % kLanes == 0; }
   static int64_t query_size(int heads, int dim) { return int64_t{heads} * dim; }
   static void pack_queries(const float* q, int heads, int dim, float* out) {
     std::memcpy(out, q, query_size(heads, dim) * sizeof(float));
   }
 
-  void prepare_values(const K*, int64_t, int, int) const {}
-
   void scores(const float* q, int heads, int dim, const K* k, int64_t stride, int n,
               float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
-      dot_keys<decltype(count)::value>(q + h * dim, dim, k, stride, n, out + h * kDecodeBlock);
+      dot_keys<decltype(count)::value>(q + h * dim, dim, k, stride, n, out + h * kBlock);
     });
   }
 
   void add_values(const float* probs, int heads, const K* v, int64_t stride, int n, int dim,
                   float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
-      add_rows<decltype(count)::value>(probs + h * kDecodeBlock, v, stride, n, dim, out + h * dim);
+      add_rows<decltype(count)::value>(probs + h * kBlock, v, stride, n, dim, out + h * dim);
     });
   }
 
@@ -75,7 +95,7 @@ struct DecodeProduct {
             sum[h * kKeys + c] = vfma(query, row[c], sum[h * kKeys + c]);
         }
       }
-      store_sums<kHeads>(sum, scores + c0);
+      store_sums<kHeads, kBlock>(sum, scores + c0);
     }
   }
 
@@ -86,16 +106,6 @@ struct DecodeProduct {
     for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
       add_columns<kHeads, kVecs>(probs, v + d, stride, n, dim, out + d);
     for (; d < dim; d += kLanes) add_columns<kHeads, 1>(probs, v + d, stride, n, dim, out + d);
-  }
-
-  template <int kHeads>
-  static void store_sums(const Vec* sum, float* scores) {
-    constexpr int kKeys = kLanes / kHeads;
-    float lanes[kLanes];
-    vstore(lanes, vreduce_add_each(sum));
-    LMINF_UNROLL
-    for (int h = 0; h < kHeads; ++h)
-      std::memcpy(scores + h * kDecodeBlock, lanes + h * kKeys, kKeys * sizeof(float));
   }
 
  private:
@@ -114,7 +124,7 @@ struct DecodeProduct {
       for (int i = 0; i < kVecs; ++i) value[i] = vload(v + c * stride + i * kLanes);
       LMINF_UNROLL
       for (int h = 0; h < kHeads; ++h) {
-        const Vec p = vset(probs[h * kDecodeBlock + c]);
+        const Vec p = vset(probs[h * kBlock + c]);
         LMINF_UNROLL
         for (int i = 0; i < kVecs; ++i) sum[h][i] = vfma(p, value[i], sum[h][i]);
       }

@@ -20,7 +20,6 @@ using RingProduct = DecodeProduct<T>;
 template <typename T>
 class LambdaDecodeStep {
   using Ring = RingProduct<T>;
-  using RingOperand = typename Ring::Operand;
 
  public:
   LambdaDecodeStep(const LambdaDecodeParams& params, const Rotary& rotary)
@@ -29,7 +28,7 @@ class LambdaDecodeStep {
         dim_(static_cast<int>(params.head_dim)),
         dim_padded_((dim_ + kLanes - 1) / kLanes * kLanes),
         group_(static_cast<int>(params.heads_q / params.heads_kv)) {
-    reads_in_place_ = dim_ % (std::is_same_v<RingOperand, float> ? kLanes : 32) == 0;
+    reads_in_place_ = Ring::reads(dim_);
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
@@ -85,9 +84,8 @@ class LambdaDecodeStep {
       sin = memory.take<float>(step.rotary_.pairs);
       q_raw = memory.take<float>(rows);
       q_rot = memory.take<float>(rows);
-      q_ring = memory.take<RingOperand>(Ring::query_size(step.group_, step.dim_padded_));
-      scores = memory.take<float>(padded(step.group_) * kDecodeBlock);
-      probs = memory.take<RingOperand>(padded(step.group_) * kDecodeBlock);
+      q_ring = memory.take<typename Ring::Operand>(Ring::query_size(step.group_, step.dim_padded_));
+      scores = memory.take<float>(step.group_ * kScoreColumns);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
       v_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
     }
@@ -96,21 +94,19 @@ class LambdaDecodeStep {
       const int rows = step.group_ * step.dim_padded_;
       return Ring::bytes(step.group_, step.dim_padded_) +
              2 * Scratch::bytes<float>(step.rotary_.pairs) + 2 * Scratch::bytes<float>(rows) +
-             Scratch::bytes<RingOperand>(Ring::query_size(step.group_, step.dim_padded_)) +
-             Scratch::bytes<float>(padded(step.group_) * kDecodeBlock) +
-             Scratch::bytes<RingOperand>(padded(step.group_) * kDecodeBlock) +
+             Scratch::bytes<typename Ring::Operand>(
+                 Ring::query_size(step.group_, step.dim_padded_)) +
+             Scratch::bytes<float>(step.group_ * kScoreColumns) +
              2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_);
     }
-    // Matrix tiles write 16 heads at a time.
-    static int padded(int heads) { return (heads + 15) / 16 * 16; }
+    static constexpr int kScoreColumns = std::max(Ring::kBlock, kDecodeBlock);
 
     Scratch memory;
     Ring ring;
-    float *cos, *sin;      // [pairs]
-    float *q_raw, *q_rot;  // [group][Dp]
-    RingOperand* q_ring;   // the rotated queries, packed for `ring`
-    float* scores;         // [group][kDecodeBlock]
-    RingOperand* probs;    // [group][kDecodeBlock], of `ring`; other products write over the scores
+    float *cos, *sin;                // [pairs]
+    float *q_raw, *q_rot;            // [group][Dp]
+    typename Ring::Operand* q_ring;  // the rotated queries, packed for `ring`
+    float* scores;           // [group][kBlock of the product in hand], then their probabilities
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
   };
 
@@ -207,7 +203,7 @@ class LambdaDecodeStep {
       }
       const bool far = frame == KeyFrame::kMaxDistance;
       attend_block(DecodeProduct<float>(), h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_,
-                   s.v_rows, dim_padded_, n, s.scores, frame, first, position, rows, s);
+                   s.v_rows, dim_padded_, n, frame, first, position, rows, s);
     }
   }
 
@@ -216,43 +212,41 @@ class LambdaDecodeStep {
     for (int64_t first = keys.lo; first < keys.hi;) {
       const int64_t slot = first % p_.capacity;
       const int64_t in_a_row = min64(p_.capacity - slot, keys.hi - first);
-      const int n = static_cast<int>(min64(kDecodeBlock, in_a_row));
+      const int n =
+          static_cast<int>(min64(reads_in_place_ ? Ring::kBlock : kDecodeBlock, in_a_row));
       const T* k = at(static_cast<const T*>(p_.ring_k), p_.ring_k_stride, b, h, slot);
       const T* v = at(static_cast<const T*>(p_.ring_v), p_.ring_v_stride, b, h, slot);
       const int64_t k_stride = p_.ring_k_stride.seq, v_stride = p_.ring_v_stride.seq;
       if (reads_in_place_) {
-        attend_block(s.ring, h, s.q_ring, k, k_stride, v, v_stride, n, s.probs,
-                     KeyFrame::kOwnPosition, first, position, rows, s);
+        attend_block(s.ring, h, s.q_ring, k, k_stride, v, v_stride, n, KeyFrame::kOwnPosition,
+                     first, position, rows, s);
       } else {
         for (int c = 0; c < n; ++c) {
           load_row(k + c * k_stride, dim_, s.k_rows + c * dim_padded_, dim_padded_);
           load_row(v + c * v_stride, dim_, s.v_rows + c * dim_padded_, dim_padded_);
         }
         attend_block(DecodeProduct<float>(), h, s.q_rot, s.k_rows, dim_padded_, s.v_rows,
-                     dim_padded_, n, s.scores, KeyFrame::kOwnPosition, first, position, rows, s);
+                     dim_padded_, n, KeyFrame::kOwnPosition, first, position, rows, s);
       }
       first += n;
     }
   }
 
-  // n keys at positions first, first + 1, ... that stand `stride` apart. `probs` may be the scores'
-  // own room.
+  // n keys at positions first, first + 1, ... that stand `stride` apart.
   template <typename Product, typename K>
   void attend_block(const Product& product, int64_t h, const typename Product::Operand* q,
                     const K* k, int64_t k_stride, const K* v, int64_t v_stride, int n,
-                    typename Product::Operand* probs, KeyFrame frame, int64_t first,
-                    int64_t position, const RowStates& rows, ItemScratch& s) const {
-    product.prepare_values(v, v_stride, n, dim_padded_);
+                    KeyFrame frame, int64_t first, int64_t position, const RowStates& rows,
+                    ItemScratch& s) const {
     product.scores(q, group_, dim_padded_, k, k_stride, n, s.scores);
-    const int end = (n + Product::kProbGrain - 1) / Product::kProbGrain * Product::kProbGrain;
+    const int end = (n + Product::kGrain - 1) / Product::kGrain * Product::kGrain;
     for (int g = 0; g < group_; ++g) {
-      float* scores = s.scores + g * kDecodeBlock;
+      float* scores = s.scores + g * Product::kBlock;
       const float largest =
           scores_max(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
-      softmax_row<5>(rows, g, dim_padded_, scores, probs + g * kDecodeBlock, 0, n, 0, end,
-                     map_.factor, largest);
+      softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, n, 0, end, map_.factor, largest);
     }
-    product.add_values(probs, group_, v, v_stride, n, dim_padded_, rows.out);
+    product.add_values(s.scores, group_, v, v_stride, n, dim_padded_, rows.out);
   }
 
   RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position) const {
