@@ -125,20 +125,19 @@ class DecodeProductBf16 {
   static constexpr int kHeads = 8;    // of a slice: two rows each fill a tile
   using Operand = bf16;
 
-  DecodeProductBf16(Scratch& scratch, int heads, int dim) {
+  DecodeProductBf16(Scratch& scratch, int /*heads*/, int dim) {
     rows_ = scratch.take<bf16>(kGrain * padded(dim));
-    scores_ = scratch.take<float>(kBlock * slice_width(heads));
-    probs_ = scratch.take<uint32_t>(kBlock * 2 * kHeads);
+    scores_ = scratch.take<float>(2 * kGrain * kHeads);
+    probs_ = scratch.take<uint32_t>(2 * kGrain * 2 * kHeads);
     out_ = scratch.take<float>(kHeads * padded(dim));
   }
   ~DecodeProductBf16() { _tile_release(); }
   DecodeProductBf16(const DecodeProductBf16&) = delete;
   DecodeProductBf16& operator=(const DecodeProductBf16&) = delete;
 
-  static size_t bytes(int heads, int dim) {
-    return Scratch::bytes<bf16>(kGrain * padded(dim)) +
-           Scratch::bytes<float>(kBlock * slice_width(heads)) +
-           Scratch::bytes<uint32_t>(kBlock * 2 * kHeads) +
+  static size_t bytes(int /*heads*/, int dim) {
+    return Scratch::bytes<bf16>(kGrain * padded(dim)) + Scratch::bytes<float>(2 * kGrain * kHeads) +
+           Scratch::bytes<uint32_t>(2 * kGrain * 2 * kHeads) +
            Scratch::bytes<float>(kHeads * padded(dim));
   }
   static bool reads(int dim) { return dim % 16 == 0; }
@@ -152,7 +151,11 @@ class DecodeProductBf16 {
     std::memset(out, 0, query_size(heads, dim) * sizeof(bf16));
     for (int h = 0; h < heads; ++h) {
       bf16* column = out + h / kHeads * width * padded(dim) + h % kHeads * 2;
-      for (int d = 0; d < dim; ++d) from_float(q[h * dim + d], column[d / 2 * 2 * width + d % 2]);
+      for (int d = 0; d < dim; d += kLanes) {
+        bf16 row[kLanes];
+        vstore(row, vload(q + h * dim + d));
+        for (int i = 0; i < kLanes; i += 2) std::memcpy(column + (d + i) * width, row + i, 4);
+      }
     }
   }
 
@@ -161,26 +164,17 @@ class DecodeProductBf16 {
     const int width = slice_width(heads);
     configure(16, width * 4);
     for (int h = 0; h < heads; h += kHeads) {
-      for (int c = 0; c < n; c += kGrain)
-        score_tiles(q + h / kHeads * width * padded(dim), width, padded(dim),
-                    step_rows(k, stride, c, n, dim, h == 0), scores_ + c * width);
+      const bf16* slice = q + h / kHeads * width * padded(dim);
       const int count = std::min(kHeads, heads - h);
-      for (int c = 0; c < n; c += 16) {
-        const float* tile = scores_ + c * width;
-        float* columns = out + h * kBlock + c;
-        switch (width) {
-          case 1:
-            split_columns<1>(tile, count, columns);
-            break;
-          case 2:
-            split_columns<2>(tile, count, columns);
-            break;
-          case 4:
-            split_columns<4>(tile, count, columns);
-            break;
-          default:
-            split_columns<8>(tile, count, columns);
+      for (int c = 0; c < n + kGrain; c += kGrain) {
+        if (c < n) {
+          TileRows rows[kGrain / 16];
+          step_rows(k + c * stride, stride, std::min(kGrain, n - c), dim, rows);
+          score_tiles(slice, width, padded(dim), rows, k + c * stride, stride, scores_of(c));
         }
+        // A step later, since stores by tile take a while until they can be read back.
+        if (c > 0)
+          split_columns(scores_of(c - kGrain), width, count, out + h * kBlock + c - kGrain);
       }
     }
   }
@@ -190,12 +184,11 @@ class DecodeProductBf16 {
     for (int h = 0; h < heads; h += kHeads) {
       const int count = std::min(kHeads, heads - h);
       const float* slice = probs + h * kBlock;
-      pack_probs(slice, count, n);
       configure(2 * count, 64);
       int d = 0;
-      for (; d + 128 <= padded(dim); d += 128) value_tiles<4>(count, v, stride, n, dim, d, h == 0);
-      for (; d + 64 <= padded(dim); d += 64) value_tiles<2>(count, v, stride, n, dim, d, h == 0);
-      if (d < padded(dim)) value_tiles<1>(count, v, stride, n, dim, d, h == 0);
+      for (; d + 128 <= padded(dim); d += 128) value_tiles<4>(slice, count, v, stride, n, dim, d);
+      for (; d + 64 <= padded(dim); d += 64) value_tiles<2>(slice, count, v, stride, n, dim, d);
+      if (d < padded(dim)) value_tiles<1>(slice, count, v, stride, n, dim, d);
       // A zero beside a probability does not keep an infinity or NaN out of the neighbouring dim.
       if (all_finite(out_, count * padded(dim)))
         add_dims(count, dim, out + h * dim);
@@ -205,12 +198,10 @@ class DecodeProductBf16 {
   }
 
  private:
-  // Rows of a step, and those of the step after next to prefetch, or null.
-  struct StepRows {
+  // The 16 rows that one tile takes 32 dims of.
+  struct TileRows {
     const bf16* at;
     int64_t stride;
-    const bf16* ahead;
-    int64_t ahead_stride;
   };
 
   static int padded(int dim) { return (dim + 31) / 32 * 32; }
@@ -229,64 +220,103 @@ class DecodeProductBf16 {
     load_tile_config(config);
   }
 
-  // kGrain rows from row c on: where they stand, or copied where there are fewer than that or tiles
-  // would read past a row's end, with zeros for what is missing.
-  StepRows step_rows(const bf16* rows, int64_t stride, int c, int n, int dim, bool prefetch) const {
-    const bf16* from = rows + c * stride;
-    const bf16* ahead = prefetch ? from + kGrain * stride : nullptr;
-    if (n - c >= kGrain && dim == padded(dim)) return {from, stride, ahead, stride};
+  // The rows of a step of m <= kGrain keys: where they stand, or copied where a tile would read
+  // past a row's end or the last row, with zeros for what is missing. Tiles that have no keys take
+  // those of the first: nobody reads their scores, and their probabilities are 0.
+  void step_rows(const bf16* rows, int64_t stride, int m, int dim, TileRows* tiles) const {
     const int to_stride = padded(dim);
-    std::memset(rows_, 0, kGrain * to_stride * sizeof(bf16));
-    for (int r = 0; r < std::min(kGrain, n - c); ++r)
-      std::memcpy(rows_ + r * to_stride, from + r * stride, dim * sizeof(bf16));
-    settle_stores();
-    return {rows_, to_stride, ahead, stride};
+    for (int c = 0; c < kGrain; c += 16) {
+      TileRows& tile = tiles[c / 16];
+      if (c >= m) {
+        tile = tiles[0];
+      } else if (c + 16 <= m && dim == to_stride) {
+        tile = {rows + c * stride, stride};
+      } else {
+        bf16* copied = rows_ + c * to_stride;
+        std::memset(copied, 0, 16 * to_stride * sizeof(bf16));
+        for (int r = 0; r < std::min(16, m - c); ++r)
+          std::memcpy(copied + r * to_stride, rows + (c + r) * stride, dim * sizeof(bf16));
+        settle_stores();
+        tile = {copied, to_stride};
+      }
+    }
   }
 
-  static void prefetch_tile(const bf16* rows, int64_t stride) {
-    if (rows == nullptr) return;
+  // While a tile is at work, its share of what comes kGrain rows later: with kTiles tiles side by
+  // side, the j-th takes so many whole pieces of rows.
+  template <int kTiles>
+  static void prefetch_share(const bf16* rows, int64_t stride, int j) {
     LMINF_UNROLL
-    for (int r = 0; r < 16; ++r) prefetch(rows + r * stride);
+    for (int r = 0; r < 16 / kTiles; ++r) {
+      LMINF_UNROLL
+      for (int t = 0; t < kTiles; ++t)
+        prefetch(rows + (kGrain + 16 / kTiles * j + r) * stride + t * 32);
+    }
   }
 
-  // kGrain keys against `width` heads: out[key][head].
-  static void score_tiles(const bf16* q, int width, int dim_padded, const StepRows& k, float* out) {
-    const int64_t bytes = k.stride * 2, width_bytes = width * 4;
-    const bf16* ahead = k.ahead;
+  // The keys of the step whose first row is `k` against `width` heads: out[key][head].
+  static void score_tiles(const bf16* q, int width, int dim_padded, const TileRows* tiles,
+                          const bf16* k, int64_t stride, float* out) {
+    const int64_t width_bytes = width * 4;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int d = 0; d < dim_padded; d += 32) {
-      const bf16* key = k.at + d;
-      _tile_loadd(7, q + d * width, width_bytes);
-      _tile_loadd(4, key, bytes);
-      _tile_dpbf16ps(0, 4, 7);
-      _tile_loadd(5, key + 16 * k.stride, bytes);
-      _tile_dpbf16ps(1, 5, 7);
-      _tile_loadd(6, key + 32 * k.stride, bytes);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_loadd(4, key + 48 * k.stride, bytes);
-      _tile_dpbf16ps(3, 4, 7);
-      if (ahead != nullptr) {
-        for (int c = 0; c < kGrain; c += 16)
-          prefetch_tile(ahead + d + c * k.ahead_stride, k.ahead_stride);
-      }
-    }
+    int d = 0;
+    for (; d + 128 <= dim_padded; d += 128) add_scores<4>(q, width, tiles, k, stride, d);
+    for (; d + 64 <= dim_padded; d += 64) add_scores<2>(q, width, tiles, k, stride, d);
+    if (d < dim_padded) add_scores<1>(q, width, tiles, k, stride, d);
     _tile_stored(0, out, width_bytes);
     _tile_stored(1, out + 16 * width, width_bytes);
     _tile_stored(2, out + 32 * width, width_bytes);
     _tile_stored(3, out + 48 * width, width_bytes);
   }
 
-  // Column h of tile [16][kWidth] into out[h][0 .. 16) for h < count.
+  // What dims [d, d + 32 kTiles) contribute.
+  template <int kTiles>
+  static void add_scores(const bf16* q, int width, const TileRows* tiles, const bf16* k,
+                         int64_t stride, int d) {
+    for (int j = 0; j < kTiles; ++j) {
+      const int at = d + 32 * j;
+      _tile_loadd(7, q + at * width, int64_t{width} * 4);
+      _tile_loadd(4, tiles[0].at + at, tiles[0].stride * 2);
+      _tile_dpbf16ps(0, 4, 7);
+      prefetch_share<kTiles>(k + d, stride, j);
+      _tile_loadd(5, tiles[1].at + at, tiles[1].stride * 2);
+      _tile_dpbf16ps(1, 5, 7);
+      prefetch_share<kTiles>(k + 16 * stride + d, stride, j);
+      _tile_loadd(6, tiles[2].at + at, tiles[2].stride * 2);
+      _tile_dpbf16ps(2, 6, 7);
+      prefetch_share<kTiles>(k + 32 * stride + d, stride, j);
+      _tile_loadd(4, tiles[3].at + at, tiles[3].stride * 2);
+      _tile_dpbf16ps(3, 4, 7);
+      prefetch_share<kTiles>(k + 48 * stride + d, stride, j);
+    }
+  }
+
+  // One step's scores[key][width] into out[head][key].
+  static void split_columns(const float* scores, int width, int count, float* out) {
+    switch (width) {
+      case 1:
+        return split_columns<1>(scores, count, out);
+      case 2:
+        return split_columns<2>(scores, count, out);
+      case 4:
+        return split_columns<4>(scores, count, out);
+      default:
+        return split_columns<8>(scores, count, out);
+    }
+  }
+
   template <int kWidth>
-  static void split_columns(const float* tile, int count, float* out) {
-    Vec columns[kWidth];
-    LMINF_UNROLL
-    for (int i = 0; i < kWidth; ++i) columns[i] = vload(tile + 16 * i);
-    split_even_odd<kWidth>(columns);
-    for (int h = 0; h < count; ++h) vstore(out + h * kBlock, columns[h]);
+  static void split_columns(const float* scores, int count, float* out) {
+    for (int c = 0; c < kGrain; c += 16) {
+      Vec columns[kWidth];
+      LMINF_UNROLL
+      for (int i = 0; i < kWidth; ++i) columns[i] = vload(scores + c * kWidth + 16 * i);
+      split_even_odd<kWidth>(columns);
+      for (int h = 0; h < count; ++h) vstore(out + h * kBlock + c, columns[h]);
+    }
   }
 
   // Vectors that hold [16][kWidth] elements in a row become its columns.
@@ -313,55 +343,62 @@ class DecodeProductBf16 {
     }
   }
 
-  // probs_[key / 16] = rows of (p, 0) for each head, then rows of (0, p), 16 keys each.
-  void pack_probs(const float* probs, int count, int n) const {
+  // One step's probabilities: for each 16 keys, rows of (p, 0), one a head, then rows of (0, p).
+  static void pack_probs(const float* probs, int count, uint32_t* out) {
     for (int h = 0; h < count; ++h) {
-      for (int c = 0; c < n; c += kGrain) {
-        LMINF_UNROLL
-        for (int i = 0; i < kGrain; i += 16) {
-          const __m512i p = _mm512_cvtepu16_epi32(to_bf16_bits(vload(probs + h * kBlock + c + i)));
-          uint32_t* row = probs_ + (c + i) * 2 * count + h * 16;
-          _mm512_store_si512(row, p);
-          _mm512_store_si512(row + count * 16, _mm512_slli_epi32(p, 16));
-        }
+      LMINF_UNROLL
+      for (int c = 0; c < kGrain; c += 16) {
+        const __m512i p = _mm512_cvtepu16_epi32(to_bf16_bits(vload(probs + h * kBlock + c)));
+        uint32_t* row = out + c * 2 * count + h * 16;
+        _mm512_store_si512(row, p);
+        _mm512_store_si512(row + count * 16, _mm512_slli_epi32(p, 16));
       }
     }
     settle_stores();
   }
 
+  // Two steps take turns.
+  float* scores_of(int c) const { return scores_ + c / kGrain % 2 * kGrain * kHeads; }
+  uint32_t* probs_of(int c) const { return probs_ + c / kGrain % 2 * kGrain * 2 * kHeads; }
+
   // out_[2 count][padded dim / 2]: dims [d, d + 32 kTiles) of the products, the even ones in the
   // first `count` rows, the odd ones in the others.
   template <int kTiles>
-  void value_tiles(int count, const bf16* v, int64_t stride, int n, int dim, int d,
-                   bool prefetch) const {
+  void value_tiles(const float* probs, int count, const bf16* v, int64_t stride, int n, int dim,
+                   int d) const {
     _tile_zero(0);
     if (kTiles > 1) _tile_zero(1);
     if (kTiles > 2) {
       _tile_zero(2);
       _tile_zero(3);
     }
+    pack_probs(probs, count, probs_of(0));
     for (int first = 0; first < n; first += kGrain) {
-      const StepRows rows = step_rows(v, stride, first, n, dim, prefetch);
-      const int64_t bytes = rows.stride * 2;
+      // A step ahead, since tiles cannot be loaded from stores that are still on their way.
+      if (first + kGrain < n) pack_probs(probs + first + kGrain, count, probs_of(first + kGrain));
+      const uint32_t* packed = probs_of(first);
+      const bf16* step = v + first * stride;
+      TileRows rows[kGrain / 16];
+      step_rows(step, stride, std::min(kGrain, n - first), dim, rows);
       for (int c = 0; c < kGrain; c += 16) {
-        const bf16* value = rows.at + c * rows.stride + d;
-        const bf16* ahead = prefetch ? rows.ahead + c * rows.ahead_stride + d : nullptr;
-        _tile_loadd(7, probs_ + (first + c) * 2 * count, 64);
+        const bf16* value = rows[c / 16].at + d;
+        const int64_t bytes = rows[c / 16].stride * 2;
+        _tile_loadd(7, packed + c * 2 * count, 64);
         _tile_loadd(4, value, bytes);
         _tile_dpbf16ps(0, 7, 4);
-        prefetch_tile(ahead, rows.ahead_stride);
+        prefetch_share<kTiles>(step + c * stride + d, stride, 0);
         if (kTiles > 1) {
           _tile_loadd(5, value + 32, bytes);
           _tile_dpbf16ps(1, 7, 5);
-          if (prefetch) prefetch_tile(ahead + 32, rows.ahead_stride);
+          prefetch_share<kTiles>(step + c * stride + d, stride, 1);
         }
         if (kTiles > 2) {
           _tile_loadd(6, value + 64, bytes);
           _tile_dpbf16ps(2, 7, 6);
-          if (prefetch) prefetch_tile(ahead + 64, rows.ahead_stride);
+          prefetch_share<kTiles>(step + c * stride + d, stride, 2);
           _tile_loadd(4, value + 96, bytes);
           _tile_dpbf16ps(3, 7, 4);
-          if (prefetch) prefetch_tile(ahead + 96, rows.ahead_stride);
+          prefetch_share<kTiles>(step + c * stride + d, stride, 3);
         }
       }
     }
@@ -400,8 +437,8 @@ class DecodeProductBf16 {
   }
 
   bf16* rows_;       // [kGrain][padded dim], see step_rows
-  float* scores_;    // [kBlock][width]
-  uint32_t* probs_;  // see pack_probs
+  float* scores_;    // two steps of [kGrain][width]
+  uint32_t* probs_;  // two steps, see pack_probs
   float* out_;       // see value_tiles
 };
 
