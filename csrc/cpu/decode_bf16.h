@@ -29,32 +29,31 @@ class DecodeProductBf16 {
     for (int h = 0; h < heads; ++h) store_row(q + h * dim, dim, out + h * dim);
   }
 
-  void scores(const bf16* q, int heads, int dim, const bf16* k, int64_t stride, int n,
-              float* out) const {
+  void scores(const bf16* q, int heads, int dim, const BlockRows<bf16>& k, float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
-      dot_keys<decltype(count)::value>(q + h * dim, dim, k, stride, n, out + h * kBlock);
+      dot_keys<decltype(count)::value>(q + h * dim, dim, k, out + h * kBlock);
     });
   }
 
-  void add_values(const float* probs, int heads, const bf16* v, int64_t stride, int n, int dim,
+  void add_values(const float* probs, int heads, int dim, const BlockRows<bf16>& v,
                   float* out) const {
     for (int h = 0; h < heads; ++h) {
-      for (int c = 0; c < n; c += kLanes)
+      for (int c = 0; c < v.n; c += kLanes)
         vstore(probs_ + h * kBlock + c, vload(probs + h * kBlock + c));
     }
     for_head_groups(heads, [&](int h, auto count) {
-      add_rows<decltype(count)::value>(probs_ + h * kBlock, v, stride, n, dim, out + h * dim);
+      add_rows<decltype(count)::value>(probs_ + h * kBlock, dim, v, out + h * dim);
     });
   }
 
  private:
   template <int kHeads>
-  static void dot_keys(const bf16* q, int dim, const bf16* k, int64_t stride, int n,
-                       float* scores) {
+  static void dot_keys(const bf16* q, int dim, const BlockRows<bf16>& k, float* scores) {
     constexpr int kKeys = kLanes / kHeads;
-    for (int c0 = 0; c0 < n; c0 += kKeys) {
+    for (int c0 = 0; c0 < k.n; c0 += kKeys) {
+      prefetch_rows(k.ahead(c0, kPrefetchRows), k.stride, kKeys, dim);
       const bf16* key[kKeys];
-      for (int c = 0; c < kKeys; ++c) key[c] = k + std::min(c0 + c, n - 1) * stride;
+      for (int c = 0; c < kKeys; ++c) key[c] = k.row(std::min(c0 + c, k.n - 1));
       Vec sum[kLanes];
       LMINF_UNROLL
       for (int i = 0; i < kLanes; ++i) sum[i] = vset(0.0f);
@@ -77,17 +76,17 @@ class DecodeProductBf16 {
 
   // Two keys at a time: their rows are interleaved, so that one product takes both.
   template <int kHeads>
-  static void add_rows(const bf16* probs, const bf16* v, int64_t stride, int n, int dim,
-                       float* out) {
+  static void add_rows(const bf16* probs, int dim, const BlockRows<bf16>& v, float* out) {
     const __m512i first = unpacked_first(), second = unpacked_second();
     for (int d = 0; d < dim; d += 32) {
       Vec low[kHeads], high[kHeads];
       LMINF_UNROLL
       for (int h = 0; h < kHeads; ++h) low[h] = high[h] = vset(0.0f);
-      for (int c = 0; c < n; c += 2) {
-        const __m512i even = _mm512_loadu_si512(v + c * stride + d);
+      for (int c = 0; c < v.n; c += 2) {
+        prefetch_rows(v.ahead(c, kPrefetchRows) + d, v.stride, 2, 32);
+        const __m512i even = _mm512_loadu_si512(v.row(c) + d);
         const __m512i odd =
-            c + 1 < n ? _mm512_loadu_si512(v + (c + 1) * stride + d) : _mm512_setzero_si512();
+            c + 1 < v.n ? _mm512_loadu_si512(v.row(c + 1) + d) : _mm512_setzero_si512();
         const __m512i pair_low = _mm512_unpacklo_epi16(even, odd);
         const __m512i pair_high = _mm512_unpackhi_epi16(even, odd);
         LMINF_UNROLL
@@ -121,7 +120,8 @@ class DecodeProductBf16 {
 class DecodeProductBf16 {
  public:
   static constexpr int kBlock = 512;  // long, so that softmax seldom interrupts the stream
-  static constexpr int kGrain = 64;   // keys of a step: as many as four tiles hold
+  static constexpr int kTiles = 4;    // of keys at a time
+  static constexpr int kGrain = 64;   // keys of a step, as many as those tiles hold
   static constexpr int kHeads = 8;    // of a slice: two rows each fill a tile
   using Operand = bf16;
 
@@ -159,19 +159,14 @@ class DecodeProductBf16 {
     }
   }
 
-  void scores(const bf16* q, int heads, int dim, const bf16* k, int64_t stride, int n,
-              float* out) const {
+  void scores(const bf16* q, int heads, int dim, const BlockRows<bf16>& k, float* out) const {
     const int width = slice_width(heads);
     configure(16, width * 4);
     for (int h = 0; h < heads; h += kHeads) {
       const bf16* slice = q + h / kHeads * width * padded(dim);
       const int count = std::min(kHeads, heads - h);
-      for (int c = 0; c < n + kGrain; c += kGrain) {
-        if (c < n) {
-          TileRows rows[kGrain / 16];
-          step_rows(k + c * stride, stride, std::min(kGrain, n - c), dim, rows);
-          score_tiles(slice, width, padded(dim), rows, k + c * stride, stride, scores_of(c));
-        }
+      for (int c = 0; c < k.n + kGrain; c += kGrain) {
+        if (c < k.n) score_tiles(slice, width, dim, k, c, scores_of(c));
         // A step later, since stores by tile take a while until they can be read back.
         if (c > 0)
           split_columns(scores_of(c - kGrain), width, count, out + h * kBlock + c - kGrain);
@@ -179,21 +174,21 @@ class DecodeProductBf16 {
     }
   }
 
-  void add_values(const float* probs, int heads, const bf16* v, int64_t stride, int n, int dim,
+  void add_values(const float* probs, int heads, int dim, const BlockRows<bf16>& v,
                   float* out) const {
     for (int h = 0; h < heads; h += kHeads) {
       const int count = std::min(kHeads, heads - h);
       const float* slice = probs + h * kBlock;
       configure(2 * count, 64);
       int d = 0;
-      for (; d + 128 <= padded(dim); d += 128) value_tiles<4>(slice, count, v, stride, n, dim, d);
-      for (; d + 64 <= padded(dim); d += 64) value_tiles<2>(slice, count, v, stride, n, dim, d);
-      if (d < padded(dim)) value_tiles<1>(slice, count, v, stride, n, dim, d);
+      for (; d + 128 <= padded(dim); d += 128) value_tiles<4>(slice, count, dim, v, d);
+      for (; d + 64 <= padded(dim); d += 64) value_tiles<2>(slice, count, dim, v, d);
+      if (d < padded(dim)) value_tiles<1>(slice, count, dim, v, d);
       // A zero beside a probability does not keep an infinity or NaN out of the neighbouring dim.
       if (all_finite(out_, count * padded(dim)))
         add_dims(count, dim, out + h * dim);
       else
-        DecodeProduct<bf16, kBlock>().add_values(slice, count, v, stride, n, dim, out + h * dim);
+        DecodeProduct<bf16, kBlock>().add_values(slice, count, dim, v, out + h * dim);
     }
   }
 
@@ -220,77 +215,79 @@ class DecodeProductBf16 {
     load_tile_config(config);
   }
 
-  // The rows of a step of m <= kGrain keys: where they stand, or copied where a tile would read
+  // The rows of the step that starts at row c: where they stand, or copied where a tile would read
   // past a row's end or the last row, with zeros for what is missing. Tiles that have no keys take
   // those of the first: nobody reads their scores, and their probabilities are 0.
-  void step_rows(const bf16* rows, int64_t stride, int m, int dim, TileRows* tiles) const {
+  void step_rows(const BlockRows<bf16>& rows, int c, int dim, TileRows* tiles) const {
     const int to_stride = padded(dim);
-    for (int c = 0; c < kGrain; c += 16) {
-      TileRows& tile = tiles[c / 16];
-      if (c >= m) {
-        tile = tiles[0];
-      } else if (c + 16 <= m && dim == to_stride) {
-        tile = {rows + c * stride, stride};
+    for (int t = 0; t < kTiles; ++t) {
+      const int first = c + 16 * t;
+      if (first >= rows.n) {
+        tiles[t] = tiles[0];
+      } else if (first + 16 <= rows.n && dim == to_stride) {
+        tiles[t] = {rows.row(first), rows.stride};
       } else {
-        bf16* copied = rows_ + c * to_stride;
+        bf16* copied = rows_ + 16 * t * to_stride;
         std::memset(copied, 0, 16 * to_stride * sizeof(bf16));
-        for (int r = 0; r < std::min(16, m - c); ++r)
-          std::memcpy(copied + r * to_stride, rows + (c + r) * stride, dim * sizeof(bf16));
+        for (int r = 0; r < std::min(16, rows.n - first); ++r)
+          std::memcpy(copied + r * to_stride, rows.row(first + r), dim * sizeof(bf16));
         settle_stores();
-        tile = {copied, to_stride};
+        tiles[t] = {copied, to_stride};
       }
     }
   }
 
-  // While a tile is at work, its share of what comes kGrain rows later: with kTiles tiles side by
-  // side, the j-th takes so many whole pieces of rows.
-  template <int kTiles>
+  // The j-th share of 16 rows by 32 kWide dims, row after row, as they stand in memory.
+  template <int kWide>
   static void prefetch_share(const bf16* rows, int64_t stride, int j) {
-    LMINF_UNROLL
-    for (int r = 0; r < 16 / kTiles; ++r) {
+    const bf16* row = rows + 16 / kWide * j * stride;
+    LMINF_NO_UNROLL
+    for (int r = 0; r < 16 / kWide; ++r, row += stride) {
       LMINF_UNROLL
-      for (int t = 0; t < kTiles; ++t)
-        prefetch(rows + (kGrain + 16 / kTiles * j + r) * stride + t * 32);
+      for (int t = 0; t < kWide; ++t) prefetch(row + t * 32);
     }
   }
 
-  // The keys of the step whose first row is `k` against `width` heads: out[key][head].
-  static void score_tiles(const bf16* q, int width, int dim_padded, const TileRows* tiles,
-                          const bf16* k, int64_t stride, float* out) {
+  // The keys of the step that starts at row c against `width` heads: out[key][head].
+  void score_tiles(const bf16* q, int width, int dim, const BlockRows<bf16>& k, int c,
+                   float* out) const {
+    TileRows tiles[kTiles];
+    step_rows(k, c, dim, tiles);
+    const bf16* ahead = k.ahead(c, kGrain);
     const int64_t width_bytes = width * 4;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     int d = 0;
-    for (; d + 128 <= dim_padded; d += 128) add_scores<4>(q, width, tiles, k, stride, d);
-    for (; d + 64 <= dim_padded; d += 64) add_scores<2>(q, width, tiles, k, stride, d);
-    if (d < dim_padded) add_scores<1>(q, width, tiles, k, stride, d);
+    for (; d + 128 <= padded(dim); d += 128) add_scores<4>(q, width, tiles, ahead, k.stride, d);
+    for (; d + 64 <= padded(dim); d += 64) add_scores<2>(q, width, tiles, ahead, k.stride, d);
+    if (d < padded(dim)) add_scores<1>(q, width, tiles, ahead, k.stride, d);
     _tile_stored(0, out, width_bytes);
     _tile_stored(1, out + 16 * width, width_bytes);
     _tile_stored(2, out + 32 * width, width_bytes);
     _tile_stored(3, out + 48 * width, width_bytes);
   }
 
-  // What dims [d, d + 32 kTiles) contribute.
-  template <int kTiles>
-  static void add_scores(const bf16* q, int width, const TileRows* tiles, const bf16* k,
+  // What dims [d, d + 32 kWide) contribute.
+  template <int kWide>
+  static void add_scores(const bf16* q, int width, const TileRows* tiles, const bf16* ahead,
                          int64_t stride, int d) {
-    for (int j = 0; j < kTiles; ++j) {
+    for (int j = 0; j < kWide; ++j) {
       const int at = d + 32 * j;
       _tile_loadd(7, q + at * width, int64_t{width} * 4);
       _tile_loadd(4, tiles[0].at + at, tiles[0].stride * 2);
       _tile_dpbf16ps(0, 4, 7);
-      prefetch_share<kTiles>(k + d, stride, j);
+      prefetch_share<kWide>(ahead + d, stride, j);
       _tile_loadd(5, tiles[1].at + at, tiles[1].stride * 2);
       _tile_dpbf16ps(1, 5, 7);
-      prefetch_share<kTiles>(k + 16 * stride + d, stride, j);
+      prefetch_share<kWide>(ahead + 16 * stride + d, stride, j);
       _tile_loadd(6, tiles[2].at + at, tiles[2].stride * 2);
       _tile_dpbf16ps(2, 6, 7);
-      prefetch_share<kTiles>(k + 32 * stride + d, stride, j);
+      prefetch_share<kWide>(ahead + 32 * stride + d, stride, j);
       _tile_loadd(4, tiles[3].at + at, tiles[3].stride * 2);
       _tile_dpbf16ps(3, 4, 7);
-      prefetch_share<kTiles>(k + 48 * stride + d, stride, j);
+      prefetch_share<kWide>(ahead + 48 * stride + d, stride, j);
     }
   }
 
@@ -361,52 +358,51 @@ class DecodeProductBf16 {
   float* scores_of(int c) const { return scores_ + c / kGrain % 2 * kGrain * kHeads; }
   uint32_t* probs_of(int c) const { return probs_ + c / kGrain % 2 * kGrain * 2 * kHeads; }
 
-  // out_[2 count][padded dim / 2]: dims [d, d + 32 kTiles) of the products, the even ones in the
+  // out_[2 count][padded dim / 2]: the products of dims [d, d + 32 kWide), the even ones in the
   // first `count` rows, the odd ones in the others.
-  template <int kTiles>
-  void value_tiles(const float* probs, int count, const bf16* v, int64_t stride, int n, int dim,
-                   int d) const {
+  template <int kWide>
+  void value_tiles(const float* probs, int count, int dim, const BlockRows<bf16>& v, int d) const {
     _tile_zero(0);
-    if (kTiles > 1) _tile_zero(1);
-    if (kTiles > 2) {
+    if (kWide > 1) _tile_zero(1);
+    if (kWide > 2) {
       _tile_zero(2);
       _tile_zero(3);
     }
     pack_probs(probs, count, probs_of(0));
-    for (int first = 0; first < n; first += kGrain) {
+    for (int c = 0; c < v.n; c += kGrain) {
       // A step ahead, since tiles cannot be loaded from stores that are still on their way.
-      if (first + kGrain < n) pack_probs(probs + first + kGrain, count, probs_of(first + kGrain));
-      const uint32_t* packed = probs_of(first);
-      const bf16* step = v + first * stride;
-      TileRows rows[kGrain / 16];
-      step_rows(step, stride, std::min(kGrain, n - first), dim, rows);
-      for (int c = 0; c < kGrain; c += 16) {
-        const bf16* value = rows[c / 16].at + d;
-        const int64_t bytes = rows[c / 16].stride * 2;
-        _tile_loadd(7, packed + c * 2 * count, 64);
+      const int next = c + kGrain;
+      if (next < v.n) pack_probs(probs + next, count, probs_of(next));
+      TileRows tiles[kTiles];
+      step_rows(v, c, dim, tiles);
+      for (int t = 0; t < kTiles; ++t) {
+        const bf16* value = tiles[t].at + d;
+        const int64_t bytes = tiles[t].stride * 2;
+        const bf16* ahead = v.ahead(c, kGrain) + 16 * t * v.stride + d;
+        _tile_loadd(7, probs_of(c) + 16 * t * 2 * count, 64);
         _tile_loadd(4, value, bytes);
         _tile_dpbf16ps(0, 7, 4);
-        prefetch_share<kTiles>(step + c * stride + d, stride, 0);
-        if (kTiles > 1) {
+        prefetch_share<kWide>(ahead, v.stride, 0);
+        if (kWide > 1) {
           _tile_loadd(5, value + 32, bytes);
           _tile_dpbf16ps(1, 7, 5);
-          prefetch_share<kTiles>(step + c * stride + d, stride, 1);
+          prefetch_share<kWide>(ahead, v.stride, 1);
         }
-        if (kTiles > 2) {
+        if (kWide > 2) {
           _tile_loadd(6, value + 64, bytes);
           _tile_dpbf16ps(2, 7, 6);
-          prefetch_share<kTiles>(step + c * stride + d, stride, 2);
+          prefetch_share<kWide>(ahead, v.stride, 2);
           _tile_loadd(4, value + 96, bytes);
           _tile_dpbf16ps(3, 7, 4);
-          prefetch_share<kTiles>(step + c * stride + d, stride, 3);
+          prefetch_share<kWide>(ahead, v.stride, 3);
         }
       }
     }
     float* out = out_ + d / 2;
     const int64_t bytes = padded(dim) * 2;
     _tile_stored(0, out, bytes);
-    if (kTiles > 1) _tile_stored(1, out + 16, bytes);
-    if (kTiles > 2) {
+    if (kWide > 1) _tile_stored(1, out + 16, bytes);
+    if (kWide > 2) {
       _tile_stored(2, out + 32, bytes);
       _tile_stored(3, out + 48, bytes);
     }

@@ -40,7 +40,11 @@ class LambdaDecodeStep {
     const int64_t pairs = p_.batch * p_.heads_kv;  // of a row and a key head
     const int64_t splits =
         max64(1, min64((4 * threads.count + pairs - 1) / pairs, p_.window / kDecodeMinSplitKeys));
-    const int64_t items = pairs * splits;
+    // The global branches are parts of their own and come first, pair after pair: what they need
+    // stays in the cache, where a window's keys going by would push it out.
+    const int64_t global_parts = p_.n_global > 0 ? 1 : 0;
+    const int64_t parts = global_parts + splits;
+    const int64_t items = pairs * parts;
     Scratch partial(Scratch::bytes<float>(items * group_) +
                     Scratch::bytes<float>(items * group_ * kLanes) +
                     Scratch::bytes<float>(items * group_ * dim_padded_) +
@@ -49,9 +53,9 @@ class LambdaDecodeStep {
     all.max = partial.take<float>(items * group_);
     all.sum = partial.take<float>(items * group_ * kLanes);
     all.out = partial.take<float>(items * group_ * dim_padded_);
-    auto* unfinished = partial.take<std::atomic<int64_t>>(pairs);  // splits of each pair
+    auto* unfinished = partial.take<std::atomic<int64_t>>(pairs);  // parts of each pair
     for (int64_t pair = 0; pair < pairs; ++pair)
-      new (unfinished + pair) std::atomic<int64_t>(splits);
+      new (unfinished + pair) std::atomic<int64_t>(parts);
 
     const int64_t workers = std::min<int64_t>(threads.count, items);
     std::atomic<int64_t> next{0};
@@ -60,10 +64,21 @@ class LambdaDecodeStep {
       ItemScratch s(*this);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t item; (item = next.fetch_add(1)) < items;) {
-          const int64_t pair = item / splits;
-          attend(pair, item % splits, splits, rows_of(all, item), s);
-          // Whoever finishes the last split of a pair merges them.
-          if (unfinished[pair].fetch_sub(1) == 1) combine(pair, splits, all);
+          const int64_t ring_item = item - pairs * global_parts;
+          const int64_t pair = ring_item < 0 ? item : ring_item / splits;
+          const int64_t part = ring_item < 0 ? 0 : global_parts + ring_item % splits;
+          const RowStates rows = rows_of(all, pair * parts + part);
+          if (begin_rows(pair, rows, s)) {
+            // The other threads take the items up to `upcoming`, if all are equally fast.
+            const int64_t upcoming = ring_item + workers;
+            if (ring_item < 0)
+              attend_global(pair, rows, s);
+            else
+              attend_ring(ring_split(ring_item, splits),
+                          ring_split(std::min(upcoming, pairs * splits - 1), splits), rows, s);
+          }
+          // Whoever finishes the last part of a pair merges them.
+          if (unfinished[pair].fetch_sub(1) == 1) combine(pair, parts, all);
         }
       }
     });
@@ -148,15 +163,14 @@ class LambdaDecodeStep {
     }
   }
 
-  // One split of one row's keys for one key head. The first split takes the global branches, too.
-  void attend(int64_t pair, int64_t split, int64_t splits, const RowStates& rows,
-              ItemScratch& s) const {
+  // Empty states and the queries of one part of a pair. False for an idle row.
+  bool begin_rows(int64_t pair, const RowStates& rows, ItemScratch& s) const {
     const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
     std::fill(rows.max, rows.max + group_, minus_infinity());
     std::fill(rows.sum, rows.sum + group_ * kLanes, 0.0f);
     std::fill(rows.out, rows.out + group_ * dim_padded_, 0.0f);
     const int64_t position = p_.positions[b];
-    if (position < 0) return;
+    if (position < 0) return false;
 
     rotation_table(position, rotary_, rotary_.scaling, s.cos, s.sin);
     for (int g = 0; g < group_; ++g) {
@@ -168,25 +182,22 @@ class LambdaDecodeStep {
       scale_rotary_dims(rotary_, raw);
       rotate_row(rotary_, s.cos, s.sin, rot);
     }
-    if (reads_in_place_) Ring::pack_queries(s.q_rot, group_, dim_padded_, s.q_ring);
-
-    const Range self = {position, position + 1};
-    if (split == 0) {
-      const Range held = {0, p_.n_global};
-      attend_global(b, h, far_branch(held, p_.n_global, p_.max_distance).visible_keys(self),
-                    KeyFrame::kMaxDistance, position, rows, s);
-      attend_global(b, h,
-                    near_branch(held, p_.n_global, p_.window, p_.max_distance).visible_keys(self),
-                    KeyFrame::kOwnPosition, position, rows, s);
-    }
-    const Range keys = window_branch({0, position + 1}, p_.window).visible_keys(self);
-    const int64_t count = keys.hi - keys.lo;
-    attend_ring(b, h, {keys.lo + count * split / splits, keys.lo + count * (split + 1) / splits},
-                position, rows, s);
+    return true;
   }
 
-  void attend_global(int64_t b, int64_t h, Range keys, KeyFrame frame, int64_t position,
-                     const RowStates& rows, ItemScratch& s) const {
+  void attend_global(int64_t pair, const RowStates& rows, ItemScratch& s) const {
+    const int64_t position = p_.positions[pair / p_.heads_kv];
+    const Range self = {position, position + 1}, held = {0, p_.n_global};
+    attend_global(pair, far_branch(held, p_.n_global, p_.max_distance).visible_keys(self),
+                  KeyFrame::kMaxDistance, rows, s);
+    attend_global(pair,
+                  near_branch(held, p_.n_global, p_.window, p_.max_distance).visible_keys(self),
+                  KeyFrame::kOwnPosition, rows, s);
+  }
+
+  void attend_global(int64_t pair, Range keys, KeyFrame frame, const RowStates& rows,
+                     ItemScratch& s) const {
+    const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
     for (int64_t first = keys.lo; first < keys.hi; first += kDecodeBlock) {
       const int n = static_cast<int>(min64(kDecodeBlock, keys.hi - first));
       for (int c = 0; c < n; ++c) {
@@ -202,51 +213,82 @@ class LambdaDecodeStep {
         rotate_row(rotary_, s.cos, s.sin, key);
       }
       const bool far = frame == KeyFrame::kMaxDistance;
-      attend_block(DecodeProduct<float>(), h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_,
-                   s.v_rows, dim_padded_, n, frame, first, position, rows, s);
+      attend_block(DecodeProduct<float>(), pair, far ? s.q_raw : s.q_rot, copied(s.k_rows, n),
+                   copied(s.v_rows, n), frame, first, rows, s);
     }
   }
 
-  void attend_ring(int64_t b, int64_t h, Range keys, int64_t position, const RowStates& rows,
+  // So many keys of one pair's window.
+  struct RingSplit {
+    int64_t pair;
+    Range keys;
+  };
+
+  RingSplit ring_split(int64_t index, int64_t splits) const {
+    const int64_t pair = index / splits, split = index % splits;
+    const int64_t position = p_.positions[pair / p_.heads_kv];
+    if (position < 0) return {pair, {0, 0}};
+    const Range window =
+        window_branch({0, position + 1}, p_.window).visible_keys({position, position + 1});
+    const int64_t count = window.hi - window.lo;
+    return {pair, {window.lo + count * split / splits, window.lo + count * (split + 1) / splits}};
+  }
+
+  const T* ring_row(const void* ring, const Strides& stride, int64_t pair, int64_t j) const {
+    return at(static_cast<const T*>(ring), stride, pair / p_.heads_kv, pair % p_.heads_kv,
+              j % p_.capacity);
+  }
+
+  // `upcoming` is what this thread is likely to take next.
+  void attend_ring(const RingSplit& split, const RingSplit& upcoming, const RowStates& rows,
                    ItemScratch& s) const {
+    if (reads_in_place_) Ring::pack_queries(s.q_rot, group_, dim_padded_, s.q_ring);
+    const Range& keys = split.keys;
     for (int64_t first = keys.lo; first < keys.hi;) {
-      const int64_t slot = first % p_.capacity;
-      const int64_t in_a_row = min64(p_.capacity - slot, keys.hi - first);
+      const int64_t in_a_row = min64(p_.capacity - first % p_.capacity, keys.hi - first);
       const int n =
           static_cast<int>(min64(reads_in_place_ ? Ring::kBlock : kDecodeBlock, in_a_row));
-      const T* k = at(static_cast<const T*>(p_.ring_k), p_.ring_k_stride, b, h, slot);
-      const T* v = at(static_cast<const T*>(p_.ring_v), p_.ring_v_stride, b, h, slot);
-      const int64_t k_stride = p_.ring_k_stride.seq, v_stride = p_.ring_v_stride.seq;
+      const auto block = [&](const void* ring, const Strides& stride) {
+        const T* next = first + n < keys.hi
+                            ? ring_row(ring, stride, split.pair, first + n)
+                            : ring_row(ring, stride, upcoming.pair, upcoming.keys.lo);
+        return BlockRows<T>{ring_row(ring, stride, split.pair, first), stride.seq, n, next};
+      };
+      const BlockRows<T> k = block(p_.ring_k, p_.ring_k_stride);
+      const BlockRows<T> v = block(p_.ring_v, p_.ring_v_stride);
       if (reads_in_place_) {
-        attend_block(s.ring, h, s.q_ring, k, k_stride, v, v_stride, n, KeyFrame::kOwnPosition,
-                     first, position, rows, s);
+        attend_block(s.ring, split.pair, s.q_ring, k, v, KeyFrame::kOwnPosition, first, rows, s);
       } else {
         for (int c = 0; c < n; ++c) {
-          load_row(k + c * k_stride, dim_, s.k_rows + c * dim_padded_, dim_padded_);
-          load_row(v + c * v_stride, dim_, s.v_rows + c * dim_padded_, dim_padded_);
+          load_row(k.row(c), dim_, s.k_rows + c * dim_padded_, dim_padded_);
+          load_row(v.row(c), dim_, s.v_rows + c * dim_padded_, dim_padded_);
         }
-        attend_block(DecodeProduct<float>(), h, s.q_rot, s.k_rows, dim_padded_, s.v_rows,
-                     dim_padded_, n, KeyFrame::kOwnPosition, first, position, rows, s);
+        attend_block(DecodeProduct<float>(), split.pair, s.q_rot, copied(s.k_rows, n),
+                     copied(s.v_rows, n), KeyFrame::kOwnPosition, first, rows, s);
       }
       first += n;
     }
   }
 
-  // n keys at positions first, first + 1, ... that stand `stride` apart.
+  BlockRows<float> copied(const float* rows, int n) const {
+    return {rows, dim_padded_, n, nullptr};
+  }
+
+  // The keys at positions first, first + 1, ...
   template <typename Product, typename K>
-  void attend_block(const Product& product, int64_t h, const typename Product::Operand* q,
-                    const K* k, int64_t k_stride, const K* v, int64_t v_stride, int n,
-                    KeyFrame frame, int64_t first, int64_t position, const RowStates& rows,
-                    ItemScratch& s) const {
-    product.scores(q, group_, dim_padded_, k, k_stride, n, s.scores);
-    const int end = (n + Product::kGrain - 1) / Product::kGrain * Product::kGrain;
+  void attend_block(const Product& product, int64_t pair, const typename Product::Operand* q,
+                    const BlockRows<K>& k, const BlockRows<K>& v, KeyFrame frame, int64_t first,
+                    const RowStates& rows, ItemScratch& s) const {
+    const int64_t head = pair % p_.heads_kv * group_, position = p_.positions[pair / p_.heads_kv];
+    product.scores(q, group_, dim_padded_, k, s.scores);
+    const int end = (k.n + Product::kGrain - 1) / Product::kGrain * Product::kGrain;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * Product::kBlock;
       const float largest =
-          scores_max(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
-      softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, n, 0, end, map_.factor, largest);
+          scores_max(map_, bias(head + g, frame, first, position), scores, 0, k.n);
+      softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, k.n, 0, end, map_.factor, largest);
     }
-    product.add_values(s.scores, group_, v, v_stride, n, dim_padded_, rows.out);
+    product.add_values(s.scores, group_, dim_padded_, v, rows.out);
   }
 
   RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position) const {
@@ -256,17 +298,17 @@ class LambdaDecodeStep {
     return {slope, static_cast<float>(position - first), 1.0f};
   }
 
-  void combine(int64_t pair, int64_t splits, const RowStates& all) const {
+  void combine(int64_t pair, int64_t parts, const RowStates& all) const {
     const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
     for (int g = 0; g < group_; ++g) {
       SoftmaxState state = empty_softmax();
-      float* out = rows_of(all, pair * splits).out + g * dim_padded_;
-      for (int64_t split = 0; split < splits; ++split) {
-        const RowStates rows = rows_of(all, pair * splits + split);
+      float* out = rows_of(all, pair * parts).out + g * dim_padded_;
+      for (int64_t part = 0; part < parts; ++part) {
+        const RowStates rows = rows_of(all, pair * parts + part);
         const SoftmaxMerge m =
             merge(state, {rows.max[g], vreduce_add(vload(rows.sum + g * kLanes))});
         const float* added = rows.out + g * dim_padded_;
-        if (split == 0) {
+        if (part == 0) {
           scale_row(out, dim_padded_, m.weight_b);
         } else {
           for (int d = 0; d < dim_padded_; ++d)

@@ -163,7 +163,7 @@ class MiddleTopk {
 
   template <typename K>
   void score_block(const K* k, int64_t stride, int n, ItemScratch& s) const {
-    DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, k, stride, n, s.scores);
+    DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, {k, stride, n, nullptr}, s.scores);
   }
 
   // From <R(m) q, k> times the scale to a score in units of log2.
