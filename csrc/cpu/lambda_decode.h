@@ -68,14 +68,17 @@ class LambdaDecodeStep {
           const int64_t pair = ring_item < 0 ? item : ring_item / splits;
           const int64_t part = ring_item < 0 ? 0 : global_parts + ring_item % splits;
           const RowStates rows = rows_of(all, pair * parts + part);
-          if (begin_rows(pair, rows, s)) {
-            // The other threads take the items up to `upcoming`, if all are equally fast.
-            const int64_t upcoming = ring_item + workers;
-            if (ring_item < 0)
+          std::fill(rows.max, rows.max + group_, minus_infinity());
+          std::fill(rows.sum, rows.sum + group_ * kLanes, 0.0f);
+          std::fill(rows.out, rows.out + group_ * dim_padded_, 0.0f);
+          if (p_.positions[pair / p_.heads_kv] >= 0) {
+            if (ring_item < 0) {
               attend_global(pair, rows, s);
-            else
-              attend_ring(ring_split(ring_item, splits),
-                          ring_split(std::min(upcoming, pairs * splits - 1), splits), rows, s);
+            } else {
+              // The other threads take the items up to `upcoming`, if all are equally fast.
+              const int64_t upcoming = std::min(ring_item + workers, pairs * splits - 1);
+              attend_ring(ring_split(ring_item, splits), ring_split(upcoming, splits), rows, s);
+            }
           }
           // Whoever finishes the last part of a pair merges them.
           if (unfinished[pair].fetch_sub(1) == 1) combine(pair, parts, all);
@@ -97,8 +100,7 @@ class LambdaDecodeStep {
       const int rows = step.group_ * step.dim_padded_;
       cos = memory.take<float>(step.rotary_.pairs);
       sin = memory.take<float>(step.rotary_.pairs);
-      q_raw = memory.take<float>(rows);
-      q_rot = memory.take<float>(rows);
+      q = memory.take<float>(rows);
       q_ring = memory.take<typename Ring::Operand>(Ring::query_size(step.group_, step.dim_padded_));
       scores = memory.take<float>(step.group_ * kScoreColumns);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
@@ -108,7 +110,7 @@ class LambdaDecodeStep {
     static size_t bytes(const LambdaDecodeStep& step) {
       const int rows = step.group_ * step.dim_padded_;
       return Ring::bytes(step.group_, step.dim_padded_) +
-             2 * Scratch::bytes<float>(step.rotary_.pairs) + 2 * Scratch::bytes<float>(rows) +
+             2 * Scratch::bytes<float>(step.rotary_.pairs) + Scratch::bytes<float>(rows) +
              Scratch::bytes<typename Ring::Operand>(
                  Ring::query_size(step.group_, step.dim_padded_)) +
              Scratch::bytes<float>(step.group_ * kScoreColumns) +
@@ -119,8 +121,8 @@ class LambdaDecodeStep {
     Scratch memory;
     Ring ring;
     float *cos, *sin;                // [pairs]
-    float *q_raw, *q_rot;            // [group][Dp]
-    typename Ring::Operand* q_ring;  // the rotated queries, packed for `ring`
+    float* q;                        // [group][Dp], rotated for the branch in hand
+    typename Ring::Operand* q_ring;  // the same, packed for `ring`
     float* scores;           // [group][kBlock of the product in hand], then their probabilities
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
   };
@@ -163,59 +165,73 @@ class LambdaDecodeStep {
     }
   }
 
-  // Empty states and the queries of one part of a pair. False for an idle row.
-  bool begin_rows(int64_t pair, const RowStates& rows, ItemScratch& s) const {
-    const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
-    std::fill(rows.max, rows.max + group_, minus_infinity());
-    std::fill(rows.sum, rows.sum + group_ * kLanes, 0.0f);
-    std::fill(rows.out, rows.out + group_ * dim_padded_, 0.0f);
-    const int64_t position = p_.positions[b];
-    if (position < 0) return false;
-
-    rotation_table(position, rotary_, rotary_.scaling, s.cos, s.sin);
+  // The queries of a pair, rotated for a key that has no rotation of its own: by so many positions.
+  void load_queries(int64_t pair, int64_t positions, ItemScratch& s) const {
+    rotation_table(positions, rotary_, rotary_.scaling, s.cos, s.sin);
+    const int64_t b = pair / p_.heads_kv, head = pair % p_.heads_kv * group_;
     for (int g = 0; g < group_; ++g) {
-      const T* q = at(static_cast<const T*>(p_.q), p_.q_stride, b, h * group_ + g, 0);
-      float* raw = s.q_raw + g * dim_padded_;
-      float* rot = s.q_rot + g * dim_padded_;
-      load_row(q, dim_, raw, dim_padded_);
-      std::memcpy(rot, raw, dim_padded_ * sizeof(float));
-      scale_rotary_dims(rotary_, raw);
-      rotate_row(rotary_, s.cos, s.sin, rot);
+      float* q = s.q + g * dim_padded_;
+      load_row(at(static_cast<const T*>(p_.q), p_.q_stride, b, head + g, 0), dim_, q, dim_padded_);
+      rotate_row(rotary_, s.cos, s.sin, q);
     }
-    return true;
   }
 
   void attend_global(int64_t pair, const RowStates& rows, ItemScratch& s) const {
     const int64_t position = p_.positions[pair / p_.heads_kv];
     const Range self = {position, position + 1}, held = {0, p_.n_global};
-    attend_global(pair, far_branch(held, p_.n_global, p_.max_distance).visible_keys(self),
-                  KeyFrame::kMaxDistance, rows, s);
-    attend_global(pair,
-                  near_branch(held, p_.n_global, p_.window, p_.max_distance).visible_keys(self),
-                  KeyFrame::kOwnPosition, rows, s);
+    attend_far(pair, far_branch(held, p_.n_global, p_.max_distance).visible_keys(self), rows, s);
+    attend_near(pair, near_branch(held, p_.n_global, p_.window, p_.max_distance).visible_keys(self),
+                rows, s);
   }
 
-  void attend_global(int64_t pair, Range keys, KeyFrame frame, const RowStates& rows,
-                     ItemScratch& s) const {
-    const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
+  // Global keys at the largest distance: the query takes all of the rotation, the keys none.
+  void attend_far(int64_t pair, Range keys, const RowStates& rows, ItemScratch& s) const {
+    if (keys.lo >= keys.hi) return;
+    load_queries(pair, p_.max_distance, s);
+    for (int g = 0; g < group_; ++g)
+      scale_rotary_dims(rotary_, s.q + g * dim_padded_);  // the keys'
     for (int64_t first = keys.lo; first < keys.hi; first += kDecodeBlock) {
       const int n = static_cast<int>(min64(kDecodeBlock, keys.hi - first));
-      for (int c = 0; c < n; ++c) {
-        const int64_t j = first + c;
-        float* key = s.k_rows + c * dim_padded_;
-        load_row(at(static_cast<const T*>(p_.global_k), p_.global_k_stride, b, h, j), dim_, key,
-                 dim_padded_);
-        load_row(at(static_cast<const T*>(p_.global_v), p_.global_v_stride, b, h, j), dim_,
-                 s.v_rows + c * dim_padded_, dim_padded_);
-        if (frame == KeyFrame::kOwnPosition || c == 0)
-          rotation_table(frame == KeyFrame::kOwnPosition ? j : -p_.max_distance, rotary_,
-                         rotary_.scaling, s.cos, s.sin);
-        rotate_row(rotary_, s.cos, s.sin, key);
+      const BlockRows<T> k = global_rows(p_.global_k, p_.global_k_stride, pair, first, n);
+      const BlockRows<T> v = global_rows(p_.global_v, p_.global_v_stride, pair, first, n);
+      if (DecodeProduct<T>::reads(dim_)) {
+        attend_block(DecodeProduct<T>(), pair, s.q, k, v, KeyFrame::kMaxDistance, first, rows, s);
+      } else {
+        attend_block(DecodeProduct<float>(), pair, s.q, copied(k, s.k_rows), copied(v, s.v_rows),
+                     KeyFrame::kMaxDistance, first, rows, s);
       }
-      const bool far = frame == KeyFrame::kMaxDistance;
-      attend_block(DecodeProduct<float>(), pair, far ? s.q_raw : s.q_rot, copied(s.k_rows, n),
-                   copied(s.v_rows, n), frame, first, rows, s);
     }
+  }
+
+  // Global keys at their own distance.
+  void attend_near(int64_t pair, Range keys, const RowStates& rows, ItemScratch& s) const {
+    if (keys.lo >= keys.hi) return;
+    load_queries(pair, p_.positions[pair / p_.heads_kv], s);
+    for (int64_t first = keys.lo; first < keys.hi; first += kDecodeBlock) {
+      const int n = static_cast<int>(min64(kDecodeBlock, keys.hi - first));
+      const BlockRows<float> k =
+          copied(global_rows(p_.global_k, p_.global_k_stride, pair, first, n), s.k_rows);
+      const BlockRows<float> v =
+          copied(global_rows(p_.global_v, p_.global_v_stride, pair, first, n), s.v_rows);
+      for (int c = 0; c < n; ++c) {
+        rotation_table(first + c, rotary_, rotary_.scaling, s.cos, s.sin);
+        rotate_row(rotary_, s.cos, s.sin, s.k_rows + c * dim_padded_);
+      }
+      attend_block(DecodeProduct<float>(), pair, s.q, k, v, KeyFrame::kOwnPosition, first, rows, s);
+    }
+  }
+
+  BlockRows<T> global_rows(const void* cache, const Strides& stride, int64_t pair, int64_t first,
+                           int n) const {
+    const T* row =
+        at(static_cast<const T*>(cache), stride, pair / p_.heads_kv, pair % p_.heads_kv, first);
+    return {row, stride.seq, n, nullptr};
+  }
+
+  // Rows that cannot be read where they stand, as floats in whole vectors.
+  BlockRows<float> copied(const BlockRows<T>& rows, float* to) const {
+    for (int c = 0; c < rows.n; ++c) load_row(rows.row(c), dim_, to + c * dim_padded_, dim_padded_);
+    return {to, dim_padded_, rows.n, nullptr};
   }
 
   // So many keys of one pair's window.
@@ -242,7 +258,8 @@ class LambdaDecodeStep {
   // `upcoming` is what this thread is likely to take next.
   void attend_ring(const RingSplit& split, const RingSplit& upcoming, const RowStates& rows,
                    ItemScratch& s) const {
-    if (reads_in_place_) Ring::pack_queries(s.q_rot, group_, dim_padded_, s.q_ring);
+    load_queries(split.pair, p_.positions[split.pair / p_.heads_kv], s);
+    if (reads_in_place_) Ring::pack_queries(s.q, group_, dim_padded_, s.q_ring);
     const Range& keys = split.keys;
     for (int64_t first = keys.lo; first < keys.hi;) {
       const int64_t in_a_row = min64(p_.capacity - first % p_.capacity, keys.hi - first);
@@ -259,19 +276,11 @@ class LambdaDecodeStep {
       if (reads_in_place_) {
         attend_block(s.ring, split.pair, s.q_ring, k, v, KeyFrame::kOwnPosition, first, rows, s);
       } else {
-        for (int c = 0; c < n; ++c) {
-          load_row(k.row(c), dim_, s.k_rows + c * dim_padded_, dim_padded_);
-          load_row(v.row(c), dim_, s.v_rows + c * dim_padded_, dim_padded_);
-        }
-        attend_block(DecodeProduct<float>(), split.pair, s.q_rot, copied(s.k_rows, n),
-                     copied(s.v_rows, n), KeyFrame::kOwnPosition, first, rows, s);
+        attend_block(DecodeProduct<float>(), split.pair, s.q, copied(k, s.k_rows),
+                     copied(v, s.v_rows), KeyFrame::kOwnPosition, first, rows, s);
       }
       first += n;
     }
-  }
-
-  BlockRows<float> copied(const float* rows, int n) const {
-    return {rows, dim_padded_, n, nullptr};
   }
 
   // The keys at positions first, first + 1, ...
