@@ -119,10 +119,10 @@ class DecodeProductBf16 {
 // the heads' rows does both.
 class DecodeProductBf16 {
  public:
-  static constexpr int kBlock = 512;  // long, so that softmax seldom interrupts the stream
-  static constexpr int kTiles = 4;    // of keys at a time
-  static constexpr int kGrain = 64;   // keys of a step, as many as those tiles hold
-  static constexpr int kHeads = 8;    // of a slice: two rows each fill a tile
+  static constexpr int kBlock = 2048;  // long, so that softmax seldom interrupts the stream
+  static constexpr int kTiles = 4;     // of keys at a time
+  static constexpr int kGrain = 64;    // keys of a step, as many as those tiles hold
+  static constexpr int kHeads = 8;     // of a slice: two rows each fill a tile
   using Operand = bf16;
 
   DecodeProductBf16(Scratch& scratch, int /*heads*/, int dim) {
