@@ -31,7 +31,8 @@ class LambdaDecodeStep {
     reads_in_place_ = Ring::reads(dim_);
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
-    map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
+    map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
+                   map_.softcap > 0.0f || map_.scale < 0.0f;
     map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
   }
 
@@ -105,6 +106,7 @@ class LambdaDecodeStep {
       scores = memory.take<float>(step.group_ * kScoreColumns);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
       v_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
+      biases = memory.take<float>(bias_count(step));
     }
 
     static size_t bytes(const LambdaDecodeStep& step) {
@@ -114,7 +116,11 @@ class LambdaDecodeStep {
              Scratch::bytes<typename Ring::Operand>(
                  Ring::query_size(step.group_, step.dim_padded_)) +
              Scratch::bytes<float>(step.group_ * kScoreColumns) +
-             2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_);
+             2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_) +
+             Scratch::bytes<float>(bias_count(step));
+    }
+    static int bias_count(const LambdaDecodeStep& step) {
+      return step.p_.score.distance_bias != nullptr ? step.group_ * kScoreColumns : 0;
     }
     static constexpr int kScoreColumns = std::max(Ring::kBlock, kDecodeBlock);
 
@@ -125,6 +131,7 @@ class LambdaDecodeStep {
     typename Ring::Operand* q_ring;  // the same, packed for `ring`
     float* scores;           // [group][kBlock of the product in hand], then their probabilities
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
+    float* biases;  // [group][kBlock of the product in hand], of distance_bias, if there is
   };
 
   template <typename U>
@@ -291,20 +298,42 @@ class LambdaDecodeStep {
     const int64_t head = pair % p_.heads_kv * group_, position = p_.positions[pair / p_.heads_kv];
     product.scores(q, group_, dim_padded_, k, s.scores);
     const int end = (k.n + Product::kGrain - 1) / Product::kGrain * Product::kGrain;
+    bool hides = false;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * Product::kBlock;
-      const float largest =
-          scores_max(map_, bias(head + g, frame, first, position), scores, 0, k.n);
+      const RowBias added =
+          bias(head + g, frame, position - first, end, s.biases + g * Product::kBlock);
+      if (added.table != nullptr) hides |= row_hides(added.table, k.n);
+      const float largest = scores_max(map_, added, scores, 0, k.n);
       softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, k.n, 0, end, map_.factor, largest);
     }
-    product.add_values(s.scores, group_, dim_padded_, v, rows.out);
+    if (!hides) return product.add_values(s.scores, group_, dim_padded_, v, rows.out);
+    // An infinite or NaN value must not reach a head that does not see its key, not even times 0.
+    for (int g = 0; g < group_; ++g) {
+      for (int c = 0; c < k.n; ++c) {
+        if (s.biases[g * Product::kBlock + c] == minus_infinity()) continue;
+        DecodeProduct<K>().add_values(s.scores + g * Product::kBlock + c, 1, dim_padded_,
+                                      {v.row(c), v.stride, 1, nullptr}, rows.out + g * dim_padded_);
+      }
+    }
   }
 
-  RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
-    const float slope = p_.score.alibi_slopes[head];
-    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
-    return {slope, static_cast<float>(position - first), 1.0f};
+  // Of `columns` keys, the first of them at `distance`; `table` is room for their biases.
+  RowBias bias(int64_t head, KeyFrame frame, int64_t distance, int columns, float* table) const {
+    const bool far = frame == KeyFrame::kMaxDistance;
+    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : distance), far ? 0.0f : 1.0f};
+    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[head];
+    if (p_.score.distance_bias != nullptr) {
+      biases_by_column(p_.score, head, distance, columns, table);
+      bias.table = table;
+    }
+    return bias;
+  }
+
+  static bool row_hides(const float* table, int n) {
+    int hidden = 0;  // counted to the end, in whole vectors
+    for (int c = 0; c < n; ++c) hidden += table[c] == minus_infinity();
+    return hidden > 0;
   }
 
   void combine(int64_t pair, int64_t parts, const RowStates& all) const {
