@@ -31,7 +31,7 @@ class DecodeProductBf16 {
 
   void scores(const bf16* q, int heads, int dim, const BlockRows<bf16>& k, float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
-      dot_keys<decltype(count)::value>(q + h * dim, dim, k, out + h * kBlock);
+      dot_keys<decltype(count)::value>(q + h * dim, dim, k, h == 0, out + h * kBlock);
     });
   }
 
@@ -42,16 +42,17 @@ class DecodeProductBf16 {
         vstore(probs_ + h * kBlock + c, vload(probs + h * kBlock + c));
     }
     for_head_groups(heads, [&](int h, auto count) {
-      add_rows<decltype(count)::value>(probs_ + h * kBlock, dim, v, out + h * dim);
+      add_rows<decltype(count)::value>(probs_ + h * kBlock, dim, v, h == 0, out + h * dim);
     });
   }
 
  private:
   template <int kHeads>
-  static void dot_keys(const bf16* q, int dim, const BlockRows<bf16>& k, float* scores) {
+  static void dot_keys(const bf16* q, int dim, const BlockRows<bf16>& k, bool first,
+                       float* scores) {
     constexpr int kKeys = kLanes / kHeads;
     for (int c0 = 0; c0 < k.n; c0 += kKeys) {
-      prefetch_rows(k.ahead(c0, kPrefetchRows), k.stride, kKeys, dim);
+      if (kHeads > 1 && first) prefetch_rows(k.ahead(c0, kPrefetchRows), k.stride, kKeys, dim);
       const bf16* key[kKeys];
       for (int c = 0; c < kKeys; ++c) key[c] = k.row(std::min(c0 + c, k.n - 1));
       Vec sum[kLanes];
@@ -76,14 +77,15 @@ class DecodeProductBf16 {
 
   // Two keys at a time: their rows are interleaved, so that one product takes both.
   template <int kHeads>
-  static void add_rows(const bf16* probs, int dim, const BlockRows<bf16>& v, float* out) {
-    const __m512i first = unpacked_first(), second = unpacked_second();
+  static void add_rows(const bf16* probs, int dim, const BlockRows<bf16>& v, bool first,
+                       float* out) {
+    const __m512i low_dims = unpacked_first(), high_dims = unpacked_second();
     for (int d = 0; d < dim; d += 32) {
       Vec low[kHeads], high[kHeads];
       LMINF_UNROLL
       for (int h = 0; h < kHeads; ++h) low[h] = high[h] = vset(0.0f);
       for (int c = 0; c < v.n; c += 2) {
-        prefetch_rows(v.ahead(c, kPrefetchRows) + d, v.stride, 2, 32);
+        if (kHeads > 1 && first) prefetch_rows(v.ahead(c, kPrefetchRows) + d, v.stride, 2, 32);
         const __m512i even = _mm512_loadu_si512(v.row(c) + d);
         const __m512i odd =
             c + 1 < v.n ? _mm512_loadu_si512(v.row(c + 1) + d) : _mm512_setzero_si512();
@@ -101,8 +103,8 @@ class DecodeProductBf16 {
       LMINF_UNROLL
       for (int h = 0; h < kHeads; ++h) {
         float* row = out + h * dim + d;
-        vstore(row, vadd(vload(row), _mm512_permutex2var_ps(low[h], first, high[h])));
-        vstore(row + 16, vadd(vload(row + 16), _mm512_permutex2var_ps(low[h], second, high[h])));
+        vstore(row, vadd(vload(row), _mm512_permutex2var_ps(low[h], low_dims, high[h])));
+        vstore(row + 16, vadd(vload(row + 16), _mm512_permutex2var_ps(low[h], high_dims, high[h])));
       }
     }
   }
@@ -126,31 +128,30 @@ class DecodeProductBf16 {
   using Operand = bf16;
 
   DecodeProductBf16(Scratch& scratch, int /*heads*/, int dim) {
-    rows_ = scratch.take<bf16>(kGrain * padded(dim));
+    rows_ = scratch.take<bf16>(16 * dim);
     scores_ = scratch.take<float>(2 * kGrain * kHeads);
     probs_ = scratch.take<uint32_t>(2 * kGrain * 2 * kHeads);
-    out_ = scratch.take<float>(kHeads * padded(dim));
+    out_ = scratch.take<float>(kHeads * dim);
   }
   ~DecodeProductBf16() { _tile_release(); }
   DecodeProductBf16(const DecodeProductBf16&) = delete;
   DecodeProductBf16& operator=(const DecodeProductBf16&) = delete;
 
   static size_t bytes(int /*heads*/, int dim) {
-    return Scratch::bytes<bf16>(kGrain * padded(dim)) + Scratch::bytes<float>(2 * kGrain * kHeads) +
-           Scratch::bytes<uint32_t>(2 * kGrain * 2 * kHeads) +
-           Scratch::bytes<float>(kHeads * padded(dim));
+    return Scratch::bytes<bf16>(16 * dim) + Scratch::bytes<float>(2 * kGrain * kHeads) +
+           Scratch::bytes<uint32_t>(2 * kGrain * 2 * kHeads) + Scratch::bytes<float>(kHeads * dim);
   }
-  static bool reads(int dim) { return dim % 16 == 0; }
+  static bool reads(int dim) { return dim % 32 == 0; }
   static int64_t query_size(int heads, int dim) {
-    return int64_t{(heads + kHeads - 1) / kHeads} * slice_width(heads) * padded(dim);
+    return int64_t{(heads + kHeads - 1) / kHeads} * slice_width(heads) * dim;
   }
 
-  // For each slice: [padded dim / 2][width][2], zeros where there is no head or dim.
+  // For each slice: [dim / 2][width][2], zeros where there is no head.
   static void pack_queries(const float* q, int heads, int dim, bf16* out) {
     const int width = slice_width(heads);
     std::memset(out, 0, query_size(heads, dim) * sizeof(bf16));
     for (int h = 0; h < heads; ++h) {
-      bf16* column = out + h / kHeads * width * padded(dim) + h % kHeads * 2;
+      bf16* column = out + h / kHeads * width * dim + h % kHeads * 2;
       for (int d = 0; d < dim; d += kLanes) {
         bf16 row[kLanes];
         vstore(row, vload(q + h * dim + d));
@@ -163,7 +164,7 @@ class DecodeProductBf16 {
     const int width = slice_width(heads);
     configure(16, width * 4);
     for (int h = 0; h < heads; h += kHeads) {
-      const bf16* slice = q + h / kHeads * width * padded(dim);
+      const bf16* slice = q + h / kHeads * width * dim;
       const int count = std::min(kHeads, heads - h);
       for (int c = 0; c < k.n + kGrain; c += kGrain) {
         if (c < k.n) score_tiles(slice, width, dim, k, c, scores_of(c));
@@ -181,11 +182,11 @@ class DecodeProductBf16 {
       const float* slice = probs + h * kBlock;
       configure(2 * count, 64);
       int d = 0;
-      for (; d + 128 <= padded(dim); d += 128) value_tiles<4>(slice, count, dim, v, d);
-      for (; d + 64 <= padded(dim); d += 64) value_tiles<2>(slice, count, dim, v, d);
-      if (d < padded(dim)) value_tiles<1>(slice, count, dim, v, d);
+      for (; d + 128 <= dim; d += 128) value_tiles<4>(slice, count, dim, v, d);
+      for (; d + 64 <= dim; d += 64) value_tiles<2>(slice, count, dim, v, d);
+      if (d < dim) value_tiles<1>(slice, count, dim, v, d);
       // A zero beside a probability does not keep an infinity or NaN out of the neighbouring dim.
-      if (all_finite(out_, count * padded(dim)))
+      if (all_finite(out_, count * dim))
         add_dims(count, dim, out + h * dim);
       else
         DecodeProduct<bf16, kBlock>().add_values(slice, count, dim, v, out + h * dim);
@@ -198,8 +199,6 @@ class DecodeProductBf16 {
     const bf16* at;
     int64_t stride;
   };
-
-  static int padded(int dim) { return (dim + 31) / 32 * 32; }
 
   // Columns of a slice's score tiles: a power of two that holds its heads.
   static int slice_width(int heads) { return heads > 4 ? 8 : heads > 2 ? 4 : heads; }
@@ -215,24 +214,22 @@ class DecodeProductBf16 {
     load_tile_config(config);
   }
 
-  // The rows of the step that starts at row c: where they stand, or copied where a tile would read
-  // past a row's end or the last row, with zeros for what is missing. Tiles that have no keys take
+  // The rows of the step that starts at row c: where they stand, or the last few copied, with zeros
+  // behind them, since what follows in memory may not be ours to read. Tiles that have no keys take
   // those of the first: nobody reads their scores, and their probabilities are 0.
   void step_rows(const BlockRows<bf16>& rows, int c, int dim, TileRows* tiles) const {
-    const int to_stride = padded(dim);
     for (int t = 0; t < kTiles; ++t) {
       const int first = c + 16 * t;
       if (first >= rows.n) {
         tiles[t] = tiles[0];
-      } else if (first + 16 <= rows.n && dim == to_stride) {
+      } else if (first + 16 <= rows.n) {
         tiles[t] = {rows.row(first), rows.stride};
       } else {
-        bf16* copied = rows_ + 16 * t * to_stride;
-        std::memset(copied, 0, 16 * to_stride * sizeof(bf16));
-        for (int r = 0; r < std::min(16, rows.n - first); ++r)
-          std::memcpy(copied + r * to_stride, rows.row(first + r), dim * sizeof(bf16));
+        std::memset(rows_, 0, 16 * dim * sizeof(bf16));
+        for (int r = 0; first + r < rows.n; ++r)
+          std::memcpy(rows_ + r * dim, rows.row(first + r), dim * sizeof(bf16));
         settle_stores();
-        tiles[t] = {copied, to_stride};
+        tiles[t] = {rows_, dim};
       }
     }
   }
@@ -260,9 +257,9 @@ class DecodeProductBf16 {
     _tile_zero(2);
     _tile_zero(3);
     int d = 0;
-    for (; d + 128 <= padded(dim); d += 128) add_scores<4>(q, width, tiles, ahead, k.stride, d);
-    for (; d + 64 <= padded(dim); d += 64) add_scores<2>(q, width, tiles, ahead, k.stride, d);
-    if (d < padded(dim)) add_scores<1>(q, width, tiles, ahead, k.stride, d);
+    for (; d + 128 <= dim; d += 128) add_scores<4>(q, width, tiles, ahead, k.stride, d);
+    for (; d + 64 <= dim; d += 64) add_scores<2>(q, width, tiles, ahead, k.stride, d);
+    if (d < dim) add_scores<1>(q, width, tiles, ahead, k.stride, d);
     _tile_stored(0, out, width_bytes);
     _tile_stored(1, out + 16 * width, width_bytes);
     _tile_stored(2, out + 32 * width, width_bytes);
@@ -358,7 +355,7 @@ class DecodeProductBf16 {
   float* scores_of(int c) const { return scores_ + c / kGrain % 2 * kGrain * kHeads; }
   uint32_t* probs_of(int c) const { return probs_ + c / kGrain % 2 * kGrain * 2 * kHeads; }
 
-  // out_[2 count][padded dim / 2]: the products of dims [d, d + 32 kWide), the even ones in the
+  // out_[2 count][dim / 2]: the products of dims [d, d + 32 kWide), the even ones in the
   // first `count` rows, the odd ones in the others.
   template <int kWide>
   void value_tiles(const float* probs, int count, int dim, const BlockRows<bf16>& v, int d) const {
@@ -399,7 +396,7 @@ class DecodeProductBf16 {
       }
     }
     float* out = out_ + d / 2;
-    const int64_t bytes = padded(dim) * 2;
+    const int64_t bytes = dim * 2;
     _tile_stored(0, out, bytes);
     if (kWide > 1) _tile_stored(1, out + 16, bytes);
     if (kWide > 2) {
@@ -419,20 +416,19 @@ class DecodeProductBf16 {
   void add_dims(int count, int dim, float* out) const {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const int half = padded(dim) / 2;
+    const int half = dim / 2;
     for (int h = 0; h < count; ++h) {
       for (int d = 0; d < dim; d += 32) {
         const Vec even = vload(out_ + h * half + d / 2);
         const Vec odd = vload(out_ + (count + h) * half + d / 2);
         float* row = out + h * dim + d;
         vstore(row, vadd(vload(row), _mm512_permutex2var_ps(even, low, odd)));
-        if (d + 16 < dim)
-          vstore(row + 16, vadd(vload(row + 16), _mm512_permutex2var_ps(even, high, odd)));
+        vstore(row + 16, vadd(vload(row + 16), _mm512_permutex2var_ps(even, high, odd)));
       }
     }
   }
 
-  bf16* rows_;       // [kGrain][padded dim], see step_rows
+  bf16* rows_;       // [16][dim], see step_rows
   float* scores_;    // two steps of [kGrain][width]
   uint32_t* probs_;  // two steps, see pack_probs
   float* out_;       // see value_tiles

@@ -85,22 +85,30 @@ class DecodeProduct {
 
   void scores(const float* q, int heads, int dim, const BlockRows<K>& k, float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
-      dot_keys<decltype(count)::value>(q + h * dim, dim, k, out + h * kBlock);
+      dot_keys<decltype(count)::value>(q + h * dim, dim, k, h == 0, out + h * kBlock);
     });
   }
 
   void add_values(const float* probs, int heads, int dim, const BlockRows<K>& v, float* out) const {
     for_head_groups(heads, [&](int h, auto count) {
-      add_rows<decltype(count)::value>(probs + h * kBlock, dim, v, out + h * dim);
+      add_rows<decltype(count)::value>(probs + h * kBlock, dim, v, h == 0, out + h * dim);
     });
   }
 
  private:
+  // What the first of the head groups reads may come from memory. Of floats, or for one head, there
+  // is so much to read for each product that the processor's own prefetching does better alone.
   template <int kHeads>
-  static void dot_keys(const float* q, int dim, const BlockRows<K>& k, float* scores) {
+  static bool prefetches(bool first) {
+    return sizeof(K) < sizeof(float) && kHeads > 1 && first;
+  }
+
+  template <int kHeads>
+  static void dot_keys(const float* q, int dim, const BlockRows<K>& k, bool first, float* scores) {
     constexpr int kKeys = kLanes / kHeads;  // as many sums as a vector has lanes
     for (int c0 = 0; c0 < k.n; c0 += kKeys) {
-      prefetch_rows(k.ahead(c0, kPrefetchRows), k.stride, kKeys, dim);
+      if (prefetches<kHeads>(first))
+        prefetch_rows(k.ahead(c0, kPrefetchRows), k.stride, kKeys, dim);
       const K* key[kKeys];  // past the end the last key again, for sums that nobody reads
       for (int c = 0; c < kKeys; ++c) key[c] = k.row(std::min(c0 + c, k.n - 1));
       Vec sum[kLanes];
@@ -123,17 +131,18 @@ class DecodeProduct {
   }
 
   template <int kHeads>
-  static void add_rows(const float* probs, int dim, const BlockRows<K>& v, float* out) {
+  static void add_rows(const float* probs, int dim, const BlockRows<K>& v, bool first, float* out) {
     constexpr int kVecs = LMINF_LANES == 16 ? std::max(1, 16 / kHeads) : std::max(1, 8 / kHeads);
     int d = 0;
     for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
-      add_columns<kHeads, kVecs>(probs, dim, v, d, out + d);
-    for (; d < dim; d += kLanes) add_columns<kHeads, 1>(probs, dim, v, d, out + d);
+      add_columns<kHeads, kVecs>(probs, dim, v, first, d, out + d);
+    for (; d < dim; d += kLanes) add_columns<kHeads, 1>(probs, dim, v, first, d, out + d);
   }
 
   // Dims [d, d + kVecs * kLanes).
   template <int kHeads, int kVecs>
-  static void add_columns(const float* probs, int dim, const BlockRows<K>& v, int d, float* out) {
+  static void add_columns(const float* probs, int dim, const BlockRows<K>& v, bool first, int d,
+                          float* out) {
     Vec sum[kHeads][kVecs];
     LMINF_UNROLL
     for (int h = 0; h < kHeads; ++h) {
@@ -141,7 +150,8 @@ class DecodeProduct {
       for (int i = 0; i < kVecs; ++i) sum[h][i] = vload(out + h * dim + i * kLanes);
     }
     for (int c = 0; c < v.n; ++c) {
-      prefetch_rows(v.ahead(c, kPrefetchRows) + d, v.stride, 1, kVecs * kLanes);
+      if (prefetches<kHeads>(first))
+        prefetch_rows(v.ahead(c, kPrefetchRows) + d, v.stride, 1, kVecs * kLanes);
       Vec value[kVecs];
       LMINF_UNROLL
       for (int i = 0; i < kVecs; ++i) value[i] = vload(v.row(c) + d + i * kLanes);

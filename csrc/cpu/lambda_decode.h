@@ -28,7 +28,7 @@ class LambdaDecodeStep {
         dim_(static_cast<int>(params.head_dim)),
         dim_padded_((dim_ + kLanes - 1) / kLanes * kLanes),
         group_(static_cast<int>(params.heads_q / params.heads_kv)) {
-    reads_in_place_ = Ring::reads(dim_);
+    ring_reads_ = Ring::reads(dim_);
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
@@ -201,12 +201,18 @@ class LambdaDecodeStep {
       const int n = static_cast<int>(min64(kDecodeBlock, keys.hi - first));
       const BlockRows<T> k = global_rows(p_.global_k, p_.global_k_stride, pair, first, n);
       const BlockRows<T> v = global_rows(p_.global_v, p_.global_v_stride, pair, first, n);
-      if (DecodeProduct<T>::reads(dim_)) {
-        attend_block(DecodeProduct<T>(), pair, s.q, k, v, KeyFrame::kMaxDistance, first, rows, s);
-      } else {
-        attend_block(DecodeProduct<float>(), pair, s.q, copied(k, s.k_rows), copied(v, s.v_rows),
-                     KeyFrame::kMaxDistance, first, rows, s);
-      }
+      attend_rows(pair, k, v, KeyFrame::kMaxDistance, first, rows, s);
+    }
+  }
+
+  // A block in float products, where it stands if it can be read there.
+  void attend_rows(int64_t pair, const BlockRows<T>& k, const BlockRows<T>& v, KeyFrame frame,
+                   int64_t first, const RowStates& rows, ItemScratch& s) const {
+    if (DecodeProduct<T>::reads(dim_)) {
+      attend_block(DecodeProduct<T>(), pair, s.q, k, v, frame, first, rows, s);
+    } else {
+      attend_block(DecodeProduct<float>(), pair, s.q, copied(k, s.k_rows), copied(v, s.v_rows),
+                   frame, first, rows, s);
     }
   }
 
@@ -266,12 +272,11 @@ class LambdaDecodeStep {
   void attend_ring(const RingSplit& split, const RingSplit& upcoming, const RowStates& rows,
                    ItemScratch& s) const {
     load_queries(split.pair, p_.positions[split.pair / p_.heads_kv], s);
-    if (reads_in_place_) Ring::pack_queries(s.q, group_, dim_padded_, s.q_ring);
+    if (ring_reads_) Ring::pack_queries(s.q, group_, dim_padded_, s.q_ring);
     const Range& keys = split.keys;
     for (int64_t first = keys.lo; first < keys.hi;) {
       const int64_t in_a_row = min64(p_.capacity - first % p_.capacity, keys.hi - first);
-      const int n =
-          static_cast<int>(min64(reads_in_place_ ? Ring::kBlock : kDecodeBlock, in_a_row));
+      const int n = static_cast<int>(min64(ring_reads_ ? Ring::kBlock : kDecodeBlock, in_a_row));
       const auto block = [&](const void* ring, const Strides& stride) {
         const T* next = first + n < keys.hi
                             ? ring_row(ring, stride, split.pair, first + n)
@@ -280,11 +285,10 @@ class LambdaDecodeStep {
       };
       const BlockRows<T> k = block(p_.ring_k, p_.ring_k_stride);
       const BlockRows<T> v = block(p_.ring_v, p_.ring_v_stride);
-      if (reads_in_place_) {
+      if (ring_reads_) {
         attend_block(s.ring, split.pair, s.q_ring, k, v, KeyFrame::kOwnPosition, first, rows, s);
       } else {
-        attend_block(DecodeProduct<float>(), split.pair, s.q, copied(k, s.k_rows),
-                     copied(v, s.v_rows), KeyFrame::kOwnPosition, first, rows, s);
+        attend_rows(split.pair, k, v, KeyFrame::kOwnPosition, first, rows, s);
       }
       first += n;
     }
@@ -368,6 +372,6 @@ class LambdaDecodeStep {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
-  int group_;            // query heads per key head
-  bool reads_in_place_;  // rows of the ring are whole vectors; else they are copied and padded
+  int group_;        // query heads per key head
+  bool ring_reads_;  // whether the product for the ring takes rows of this length
 };
