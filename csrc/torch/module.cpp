@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "../cpu/kernels.h"
+#include "../cpu/scratch.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(lminf, CPU, m) {
@@ -26,9 +27,15 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
   }
 }
 
+PyObject* cpu_scratch_bytes(PyObject*, PyObject*) {
+  return PyLong_FromSize_t(lminf::cpu::Scratch::largest().exchange(0));
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS,
      "The instruction set that the CPU kernels use on this machine (see LMINF_CPU_ISA)."},
+    {"cpu_scratch_bytes", cpu_scratch_bytes, METH_NOARGS,
+     "The most scratch memory that a CPU kernel has held on one thread since the last call."},
     {nullptr, nullptr, 0, nullptr},
 };
 
