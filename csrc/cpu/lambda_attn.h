@@ -261,7 +261,7 @@ class LambdaAttnForward {
       lo[r] = static_cast<int>(row_sees.lo - tile_first);
       hi[r] = static_cast<int>(row_sees.hi - tile_first);
       if (lo[r] < hi[r])
-        tile_max[r] = scores_max(map_, bias(t, frame, i, h, tile_first), scores, lo[r], hi[r]);
+        tile_max[r] = scores_max<E>(map_, bias(t, frame, i, h, tile_first), scores, lo[r], hi[r]);
       if (++h == t.heads) h = 0, ++i;
     }
     for (int64_t r = 0; r < rows; ++r)
