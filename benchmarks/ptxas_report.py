@@ -74,6 +74,11 @@ def compile_one(source: Path, architecture: str) -> list[Kernel]:
         elif found := FRAME.search(line):
             stack, stores, loads = map(int, found.groups())
             frame = (stack, stores, loads)
+            if not name and kernels:  # of a function that the kernel before it calls
+                called = kernels[-1]
+                called.stack += stack
+                called.spill_stores += stores
+                called.spill_loads += loads
         elif (found := REGISTERS.search(line)) and name:
             kernels.append(Kernel(source.name, name, architecture, int(found.group(1)), *frame))
             name = ""

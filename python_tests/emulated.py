@@ -100,18 +100,20 @@ def score_values(
     sink_logits: Tensor | None,
     scale: float | None,
     softcap: float,
+    distance_bias: Tensor | None,
 ) -> dict[str, Any]:
-    def per_head(x: Tensor | None) -> Tensor | None:
+    def as_float(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.float().contiguous()
 
     return dict(
         inv_freq=frequencies(inv_freq),
         rope_scaling=rope_scaling,
         rope_interleaved=rope_interleaved,
-        alibi_slopes=per_head(alibi_slopes),
-        sink_logits=per_head(sink_logits),
+        alibi_slopes=as_float(alibi_slopes),
+        sink_logits=as_float(sink_logits),
         scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
         softcap=softcap,
+        distance_bias=as_float(distance_bias),
     )
 
 
@@ -141,6 +143,7 @@ def lambda_attn_values(
     global_v: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     k_rotated: int = 0,
+    distance_bias: Tensor | None = None,
 ) -> dict[str, Any]:
     """What the module's lambda_attn takes; its results are written to "out" and "lse"."""
     batch, heads_q, seqlen_q, head_dim = q.shape
@@ -174,6 +177,7 @@ def lambda_attn_values(
             sink_logits,
             scale,
             softcap,
+            distance_bias,
         ),
     )
 
@@ -203,6 +207,7 @@ def lambda_decode_values(
     sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    distance_bias: Tensor | None = None,
 ) -> dict[str, Any]:
     batch, heads_q, _, head_dim = q.shape
     return dict(
@@ -233,6 +238,7 @@ def lambda_decode_values(
             sink_logits,
             scale,
             softcap,
+            distance_bias,
         ),
     )
 

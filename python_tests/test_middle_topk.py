@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits")
+PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits", "distance_bias")
 
 
 def case(
@@ -131,7 +131,7 @@ def test_options(isa: str, dtype: torch.dtype, option: str) -> None:  # noqa: F8
         head_dim=48,
         distance=50,
         dtype=dtype,
-        **options(option, 6, 48),
+        **options(option, 6, 48, 50),
     )
     check("cpu", arguments)
 

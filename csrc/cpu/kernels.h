@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "../params.h"
+#include "../plan.h"
 
 namespace lminf::cpu {
 
@@ -27,6 +28,8 @@ inline const Threads& serial() {
 struct Kernels {
   const char* isa;  // "amx", "avx512_bf16", "avx512", "avx2", "portable"
   void (*lambda_attn)(const LambdaAttnParams&, const Threads&);
+  // How lambda_attn is cut for so many threads; `kernel` is left empty.
+  KernelPlan (*lambda_attn_plan)(const LambdaAttnParams&, int threads);
   void (*lambda_decode)(const LambdaDecodeParams&, const Threads&);
   void (*clamped_rope)(const ClampedRopeParams&, const Threads&);
   void (*middle_topk)(const MiddleTopkParams&, const Threads&);
@@ -37,5 +40,8 @@ struct Kernels {
 // for a name that is unknown, not built, or not supported by this machine; the message lists the
 // names that would work.
 const Kernels& kernels();
+
+// What lambda_attn runs with so many threads.
+KernelPlan lambda_attn_plan(const LambdaAttnParams& params, int threads);
 
 }  // namespace lminf::cpu

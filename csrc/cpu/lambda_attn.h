@@ -12,7 +12,9 @@
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
 
-constexpr int64_t kMaxHeadsPerTask = 16;
+// Distances that the queries of a block have to the keys of a tile.
+template <typename E>
+constexpr int64_t kBiasStride = kBlockRows<E> + kTileKeys<E>;
 
 // What one thread needs for its tasks.
 template <typename E>
@@ -32,6 +34,7 @@ struct AttnScratch {
     probs = reinterpret_cast<E*>(scores);
     key_rows = memory.take<E>(kLanes * dim_padded);
     row = memory.take<float>(dim_padded);
+    biases = memory.take<float>(kMaxHeadsPerTask * kBiasStride<E>);
   }
 
   static size_t bytes(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary) {
@@ -39,7 +42,8 @@ struct AttnScratch {
            Scratch::bytes<E>(rows * dim_padded) + Scratch::bytes<float>(rows) +
            Scratch::bytes<float>(rows * kLanes) + Scratch::bytes<float>(rows * dim_padded) +
            Scratch::bytes<float>(kBlockRows<E> * kScoreStride<E>) +
-           Scratch::bytes<E>(kLanes * dim_padded) + Scratch::bytes<float>(dim_padded);
+           Scratch::bytes<E>(kLanes * dim_padded) + Scratch::bytes<float>(dim_padded) +
+           Scratch::bytes<float>(kMaxHeadsPerTask * kBiasStride<E>);
   }
 
   Scratch memory;
@@ -51,6 +55,7 @@ struct AttnScratch {
   E* probs;       // [kBlockRows<E>][kProbStride]
   E* key_rows;    // [kLanes][Dp] on their way into a tile
   float* row;     // [Dp]
+  float* biases;  // [heads of a task][kBiasStride<E>], see fill_biases
 };
 
 template <typename T>
@@ -68,12 +73,13 @@ class LambdaAttnForward {
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     // A negative scale turns maxima into minima, so it is applied before they are taken.
-    map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
+    map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
+                   map_.softcap > 0.0f || map_.scale < 0.0f;
     map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
   }
 
   void run(const Threads& threads) const {
-    const AttnPlan plan(p_, threads.count, task_rows(), kMaxHeadsPerTask);
+    const AttnPlan plan = attn_plan(threads.count);
     const int64_t tasks = plan.tasks();
     // Neighbouring tasks go to one thread, in portions that leave every thread several.
     const int64_t portion = max64(1, tasks / (4 * threads.count));
@@ -89,6 +95,16 @@ class LambdaAttnForward {
         for (int64_t t; (t = next.fetch_add(portion)) < tasks;)
           for (int64_t n = t; n < min64(t + portion, tasks); ++n) run_task(plan.task(n), scratch);
     });
+  }
+
+  KernelPlan plan(int threads) const {
+    const AttnPlan tasks = attn_plan(threads);
+    KernelPlan plan;
+    plan.block_m = tasks.rows_per_task();
+    plan.block_n = kTileKeys<E>;
+    plan.blocks = tasks.tasks();
+    plan.threads = threads;
+    return plan;
   }
 
   // Multiply-adds of a forward at the most.
@@ -123,10 +139,10 @@ class LambdaAttnForward {
     }
   };
 
-  int64_t task_rows() const {
+  AttnPlan attn_plan(int threads) const {
     const int64_t row_bytes = dim_padded_ * static_cast<int64_t>(sizeof(float) + sizeof(E));
     const int64_t blocks = min64(kTaskRows, kRowBytes / row_bytes) / kBlockRows<E>;
-    return max64(1, blocks) * kBlockRows<E>;
+    return AttnPlan(p_, threads, max64(1, blocks) * kBlockRows<E>, kMaxHeadsPerTask);
   }
 
   void run_task(const AttnTask& t, AttnScratch<E>& s) const {
@@ -252,6 +268,11 @@ class LambdaAttnForward {
     gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
                 dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride<E>);
 
+    if (p_.score.distance_bias != nullptr) fill_biases(t, queries.hi - 1 - tile_first, s);
+    const auto bias_of = [&](int64_t i, int64_t h) {
+      return bias(t, frame, i, h, tile_first, queries.hi - 1 - i, s);
+    };
+
     int lo[kBlockRows<E>], hi[kBlockRows<E>];
     float tile_max[kBlockRows<E>];
     int64_t i = queries.lo, h = row0 % t.heads;
@@ -260,8 +281,7 @@ class LambdaAttnForward {
       float* scores = s.scores + r * kScoreStride<E>;
       lo[r] = static_cast<int>(row_sees.lo - tile_first);
       hi[r] = static_cast<int>(row_sees.hi - tile_first);
-      if (lo[r] < hi[r])
-        tile_max[r] = scores_max<E>(map_, bias(t, frame, i, h, tile_first), scores, lo[r], hi[r]);
+      if (lo[r] < hi[r]) tile_max[r] = scores_max<E>(map_, bias_of(i, h), scores, lo[r], hi[r]);
       if (++h == t.heads) h = 0, ++i;
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -278,18 +298,33 @@ class LambdaAttnForward {
     // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
     for (int64_t r = 0; r < rows; ++r) {
       float* out = s.states.out + (row0 + r) * dim_padded_;
+      const float* table = bias_of(t.position + (row0 + r) / t.heads, (row0 + r) % t.heads).table;
       for (int key = lo[r]; key < hi[r]; ++key) {
+        if (table != nullptr && table[key] == minus_infinity()) continue;
         const float p = to_float(s.probs[r * kProbStride + key]);
         for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(tile.values, key, d);
       }
     }
   }
 
-  RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
-    const float slope = p_.score.alibi_slopes[t.head_q + h];
-    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
-    return {slope, static_cast<float>(i - tile_first), 1.0f};
+  // The biases of each head for one block: of the block's last query, at `distance` to the tile's
+  // first key, and for the queries before it the same from a later entry on.
+  void fill_biases(const AttnTask& t, int64_t distance, AttnScratch<E>& s) const {
+    for (int64_t h = 0; h < t.heads; ++h)
+      biases_by_column(p_.score, t.head_q + h, distance, kBiasStride<E>,
+                       s.biases + h * kBiasStride<E>);
+  }
+
+  // Of the query at position i, which stands so many `queries_before` the block's last.
+  RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first,
+               int64_t queries_before, const AttnScratch<E>& s) const {
+    const bool far = frame == KeyFrame::kMaxDistance;
+    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : i - tile_first),
+                    far ? 0.0f : 1.0f};
+    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[t.head_q + h];
+    if (p_.score.distance_bias != nullptr)
+      bias.table = s.biases + h * kBiasStride<E> + queries_before;
+    return bias;
   }
 
   void store(const AttnTask& t, RowBlock b, AttnScratch<E>& s) const {

@@ -33,3 +33,4 @@ constexpr int64_t kRowBytes = int64_t{1} << 20;
 
 // Rows of a task: a multiple of the rows of a block.
 constexpr int64_t kTaskRows = 288;
+constexpr int64_t kMaxHeadsPerTask = 16;

@@ -14,36 +14,9 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = 4;
-constexpr int kBlockM = kWarps * kWarpRows;
-constexpr int kBlockN = 32;  // a key for each lane
-constexpr int kPlanBytes = 512;
-
-struct SharedSizes {
-  int q, keys, out, weights;  // floats
-  int key_pitch;              // odd, so that the lanes' keys stand in different banks
-  LMINF_HD explicit SharedSizes(int head_dim)
-      : q(kBlockM * head_dim),
-        keys(kBlockN * (head_dim | 1)),
-        out(kBlockM * head_dim),
-        weights(kBlockM * kBlockN),
-        key_pitch(head_dim | 1) {}
-  LMINF_HD int bytes() const { return 4 * (q + keys + out + weights) + kPlanBytes; }
-};
-
-LMINF_DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
-  return x;
-}
-
-LMINF_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
-  return x;
-}
+constexpr int kThreads = kPlainWarps * kWarpSize;
+constexpr int kBlockM = kPlainTiles.block_m, kBlockN = kPlainTiles.block_n;
+constexpr int kWarpRows = kBlockM / kPlainWarps;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnSources sources) {
@@ -56,10 +29,10 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
   if (tile.rows <= 0) return;
 
   // --- Shared memory ---
-  const SharedSizes sizes(head_dim);
+  const PlainSharedSizes sizes(head_dim);
   unsigned char* memory = shared_memory();
   const SharedArray<BranchPlan<T>> plans(memory, kBranches);
-  memory += kPlanBytes;
+  memory += kPlainPlanBytes;
   auto take = [&](int floats) {
     const SharedArray<float> array(memory, floats);
     memory += 4 * floats;
@@ -132,10 +105,12 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
         const int64_t i = tile.positions.lo + warp_row + r, j = position + lane;
         const float s =
             plan.branch.sees(i, j)
-                ? (scoring.only_scales() ? product[r] * scoring.exponent_unit()
-                                         : scoring.score<true>(product[r], slope,
-                                                               static_cast<float>(clamped_distance(
-                                                                   i - j, p.max_distance))))
+                ? (scoring.only_scales()
+                       ? product[r] * scoring.exponent_unit()
+                       : scoring.score<true>(
+                             product[r], slope,
+                             static_cast<float>(clamped_distance(i - j, p.max_distance)),
+                             distance_bias_at(p.score, tile.head, i - j, 0)))
                 : minus_infinity();
         const float new_max = fmaxf(max[r], warp_max(s));
         const float base = new_max == minus_infinity() ? 0.0f : new_max;
@@ -195,7 +170,7 @@ void run(const AttnSources& sources, Stream stream) {
   const LambdaAttnParams& p = sources.p;
   launch("lambda_attn_plain", lambda_attn_plain_kernel<T>,
          {sources.query_tiles * p.heads_q * p.batch, kThreads,
-          SharedSizes(static_cast<int>(p.head_dim)).bytes()},
+          PlainSharedSizes(static_cast<int>(p.head_dim)).bytes()},
          stream, sources);
 }
 

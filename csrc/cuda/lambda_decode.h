@@ -10,12 +10,9 @@
 #include "../core/lambda_mask.h"
 #include "../core/online_softmax.h"
 #include "device.cuh"
-#include "launchers.h"
+#include "plan.h"
 
 namespace lminf::cuda {
-
-constexpr int kDecodeRows = 16;      // query heads of one key head in one tile
-constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 
 struct DecodeLaunch {
   LambdaDecodeParams p;

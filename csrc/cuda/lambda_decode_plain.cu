@@ -11,21 +11,9 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kWarpRows = kDecodeRows / kWarps;
+constexpr int kThreads = kDecodePlainWarps * kWarpSize;
+constexpr int kWarpRows = kDecodeRows / kDecodePlainWarps;
 constexpr int kHalves = kWarpSize / kDecodeTileKeys;  // a half warp for each of two rows at a time
-
-struct SharedSizes {
-  int rows, keys, weights;  // floats
-  int key_pitch;            // odd, so that the lanes' keys stand in different banks
-  LMINF_HD explicit SharedSizes(int head_dim)
-      : rows(kDecodeRows * head_dim),
-        keys(kDecodeTileKeys * (head_dim | 1)),
-        weights(kDecodeRows * kDecodeTileKeys),
-        key_pitch(head_dim | 1) {}
-  LMINF_HD int bytes(int head_dim) const { return 4 * (2 * rows + keys + weights + 2 * head_dim); }
-};
 
 // The maximum or sum over a half warp.
 LMINF_DEVICE float half_warp_max(float x) {
@@ -56,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
   const int heads = static_cast<int>(min64(kDecodeRows, group - d.head_tile * kDecodeRows));
 
   // --- Shared memory ---
-  const SharedSizes sizes(head_dim);
+  const DecodePlainSharedSizes sizes(head_dim);
   unsigned char* memory = shared_memory();
   auto take = [&](int floats) {
     const SharedArray<float> array(memory, floats);
@@ -182,10 +170,12 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
       }
       const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
       const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
+      const float bias =
+          row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
       const float s = column >= tile.keys ? minus_infinity()
                       : scoring.only_scales()
                           ? product * scoring.exponent_unit()
-                          : scoring.score<true>(product, slope, static_cast<float>(distance));
+                          : scoring.score<true>(product, slope, static_cast<float>(distance), bias);
       // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
       const float max = half_warp_max(s);
 #pragma unroll
@@ -195,7 +185,9 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         factor[r + h] = rescale_factor(state[r + h].max, new_max);
         state[r + h].max = new_max;
       }
-      const float weight = exp2f(s - (half == 0 ? state[r].max : state[r + kHalves - 1].max));
+      const float own_max = half == 0 ? state[r].max : state[r + kHalves - 1].max;
+      // A row whose keys were all hidden so far has max -inf; against 0 its weights come out 0.
+      const float weight = exp2f(s - (own_max == minus_infinity() ? 0.0f : own_max));
       const float sum = half_warp_sum(weight);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
@@ -212,8 +204,9 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
         const int row = warp * kWarpRows + r;
         float total = 0.0f;
         for (int key = 0; key < kDecodeTileKeys; ++key) {
-          total =
-              fmaf(weights[row * kDecodeTileKeys + key], keys[key * sizes.key_pitch + dim], total);
+          // A hidden key leaves its row alone, be its value infinite.
+          const float weight = weights[row * kDecodeTileKeys + key];
+          if (weight != 0.0f) total = fmaf(weight, keys[key * sizes.key_pitch + dim], total);
         }
         out[row * head_dim + dim] = out[row * head_dim + dim] * factor[r] + total;
       }
@@ -235,7 +228,7 @@ void run(const DecodeLaunch& l, Stream stream) {
   const int head_dim = static_cast<int>(l.p.head_dim);
   launch("lambda_decode_plain", lambda_decode_plain_kernel<T>,
          {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, kThreads,
-          SharedSizes(head_dim).bytes(head_dim)},
+          DecodePlainSharedSizes(head_dim).bytes(head_dim)},
          stream, l);
 }
 

@@ -82,6 +82,9 @@ class Arguments {
     s.softcap = number<float>("softcap");
     s.alibi_slopes = static_cast<const float*>(pointer("alibi_slopes"));
     s.sink_logits = static_cast<const float*>(pointer("sink_logits"));
+    s.distance_bias = static_cast<const float*>(pointer("distance_bias"));
+    if (has("distance_bias"))
+      s.n_distances = values_["distance_bias"].attr("shape").cast<std::vector<int64_t>>()[1];
     return s;
   }
 
@@ -175,16 +178,17 @@ LambdaDecodeParams decode_params(const Arguments& a) {
 void lambda_attn(const py::dict& values) {
   const Arguments a(values);
   const LambdaAttnParams p = attn_params(a);
-  Workspace workspace(cuda::lambda_attn_workspace(p));
-  cuda::lambda_attn(p, workspace.data(), nullptr);
+  const cuda::DeviceFacts device = cuda::device_facts(0);
+  Workspace workspace(cuda::lambda_attn_plan(p, device).workspace_bytes);
+  cuda::lambda_attn(p, device, workspace.data(), nullptr);
 }
 
 void lambda_decode(const py::dict& values) {
   const Arguments a(values);
   const LambdaDecodeParams p = decode_params(a);
-  const int multiprocessors = cuda::multiprocessors(0);
-  Workspace workspace(cuda::lambda_decode_workspace(p, multiprocessors));
-  cuda::lambda_decode(p, multiprocessors, workspace.data(), nullptr);
+  const cuda::DeviceFacts device = cuda::device_facts(0);
+  Workspace workspace(cuda::lambda_decode_plan(p, device).workspace_bytes);
+  cuda::lambda_decode(p, device, workspace.data(), nullptr);
 }
 
 void clamped_rope(const py::dict& values) {
@@ -207,16 +211,6 @@ void clamped_rope(const py::dict& values) {
   cuda::clamped_rope(p, nullptr);
 }
 
-std::string attn_kernel(const py::dict& values) {
-  const Arguments a(values);
-  return cuda::name_of(cuda::lambda_attn_kernel(attn_params(a)));
-}
-
-std::string decode_kernel(const py::dict& values) {
-  const Arguments a(values);
-  return cuda::name_of(cuda::lambda_decode_kernel(decode_params(a)));
-}
-
 }  // namespace
 }  // namespace lminf::emulation
 
@@ -227,6 +221,9 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def("lambda_attn", &lambda_attn);
   m.def("lambda_decode", &lambda_decode);
   m.def("clamped_rope", &clamped_rope);
-  m.def("attn_kernel", &attn_kernel);
-  m.def("decode_kernel", &decode_kernel);
+  m.def(
+      "set_device",
+      [](int capability, int multiprocessors) { set_device({capability, multiprocessors}); },
+      py::arg("capability") = Device().capability,
+      py::arg("multiprocessors") = Device().multiprocessors);
 }

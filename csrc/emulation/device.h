@@ -15,6 +15,8 @@
 #define __launch_bounds__(...)
 #undef __global__
 #define __global__
+#undef __grid_constant__
+#define __grid_constant__
 #undef __restrict__
 #define __restrict__ __restrict
 

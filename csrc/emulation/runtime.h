@@ -41,6 +41,15 @@ class Fault : public std::runtime_error {
 // Order in which threads and blocks run: 0 in turn, anything else a shuffled order of that seed.
 void set_schedule_seed(uint64_t seed);
 
+// The device that launch plans are told of: sm_80 with few multiprocessors, so that decoding in the
+// tests is cut into several splits, but not into dozens.
+struct Device {
+  int capability = 80;
+  int multiprocessors = 4;
+};
+Device device();
+void set_device(Device device);
+
 // Runs `body` once per thread. Throws Fault.
 void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes,
             const std::function<void()>& body);

@@ -49,15 +49,16 @@ class CudaContext {
 
 void run_cuda(const LambdaAttnParams& params, const Device& device) {
   const CudaContext context(device);
-  Tensor workspace = context.workspace(cuda::lambda_attn_workspace(params));
-  cuda::lambda_attn(params, workspace.mutable_data_ptr(), context.stream());
+  const cuda::DeviceFacts facts = cuda::device_facts(device.index());
+  Tensor workspace = context.workspace(cuda::lambda_attn_plan(params, facts).workspace_bytes);
+  cuda::lambda_attn(params, facts, workspace.mutable_data_ptr(), context.stream());
 }
 
 void run_cuda(const LambdaDecodeParams& params, const Device& device) {
   const CudaContext context(device);
-  const int multiprocessors = cuda::multiprocessors(device.index());
-  Tensor workspace = context.workspace(cuda::lambda_decode_workspace(params, multiprocessors));
-  cuda::lambda_decode(params, multiprocessors, workspace.mutable_data_ptr(), context.stream());
+  const cuda::DeviceFacts facts = cuda::device_facts(device.index());
+  Tensor workspace = context.workspace(cuda::lambda_decode_plan(params, facts).workspace_bytes);
+  cuda::lambda_decode(params, facts, workspace.mutable_data_ptr(), context.stream());
 }
 
 void run_cuda(const ClampedRopeParams& params, const Device& device) {
