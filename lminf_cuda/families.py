@@ -4,6 +4,7 @@ Two kinds:
 
 - attention modules that ask transformers' AttentionInterface. Nothing of the model is replaced but
   its rotary modules; a line in FAMILIES says which rotation the layers use.
+  Layers that are not attention (recurrent and convolution layers, experts) stay as they are.
 - older ones that compute attention in their own forward (falcon, gptj, mpt, bloom). Their line
   names a short forward of the attention module, which projects, attends and projects back.
 
@@ -21,8 +22,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from .cache import recurrent_layers_are_known
 from .rope import Rope, is_rotary, snapshot_rope
 
 __all__ = ["FAMILIES", "Family", "find_decoder"]
@@ -46,6 +49,7 @@ class Family:
             AttentionInterface.
         passes_kwargs: keywords given to the decoder reach the attention modules.
         needs_mask: the decoder's forward wants a padding mask that is a tensor.
+        is_recurrent: has layers besides attention that keep a state over the tokens.
         plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
             is patched.
     """
@@ -62,11 +66,41 @@ class Family:
     forward: Callable[..., Any] | None = None
     passes_kwargs: bool = True
     needs_mask: bool = False
+    is_recurrent: bool = False
     plain_methods: tuple[str, ...] = ()
 
     def attention_modules(self, decoder: Any) -> list[Any]:
-        """The attention module of every layer of a decoder."""
-        return [getattr(layer, self.attention) for layer in getattr(decoder, self.layers)]
+        """The attention module of every layer of a decoder, None for a layer without attention."""
+        return [
+            None
+            if layer_type(decoder.config, index) in _WITHOUT_ATTENTION
+            else getattr(layer, self.attention, None)
+            for index, layer in enumerate(getattr(decoder, self.layers))
+        ]
+
+    def recurrent_states(self, decoder: Any) -> list[int]:
+        """Of every layer the number of states that it keeps beside attention; or an empty list."""
+        if not self.is_recurrent:
+            return []
+        config = decoder.config
+        n_states = getattr(config, "number_of_conv_states", 1)
+        states = [
+            n_states if layer_type(config, index) in _RECURRENT else 0
+            for index in range(len(getattr(decoder, self.layers)))
+        ]
+        return states if any(states) else []
+
+    def keys_of(self, decoder: Any) -> list[int | None]:
+        """Of every layer the earlier one whose keys it attends with, None for its own."""
+        config, n_layers = decoder.config, len(getattr(decoder, self.layers))
+        modes = getattr(config, "kv_sharing_modes", None) or [None] * n_layers
+        storing = {
+            layer_type(config, index): index for index, mode in enumerate(modes) if mode == "store"
+        }
+        return [
+            storing[layer_type(config, index)] if mode == "reuse" else None
+            for index, mode in enumerate(modes)
+        ]
 
     def layer_rope(self, decoder: Any, index: int) -> Rope | None:
         """How layer `index` rotates its queries and keys; None if it does not."""
@@ -88,13 +122,24 @@ class Family:
         layers = getattr(decoder, self.layers, None)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             return False
-        modules = [getattr(layer, self.attention, None) for layer in layers]
-        if not all(map(_is_transformers_attention, modules)):
+        if not hasattr(decoder, "config"):
+            return False
+        with_attention = self.attention_modules(decoder)
+        modules = [module for module in with_attention if module is not None]
+        if len(modules) < len(with_attention) and not self.is_recurrent:
+            return False
+        if not modules or not all(map(_is_transformers_attention, modules)):
             return False
         if self.forward is not None:
             return True
         has_rotary = any(is_rotary(module) for module in decoder.modules())
-        return has_rotary and all(map(asks_interface, modules))
+        rotates = any(map(self.uses_rope, modules))
+        return (has_rotary or not rotates) and all(map(asks_interface, modules))
+
+
+# What a config calls layers that keep a state, and those among its layers that have no attention.
+_RECURRENT = ("linear_attention", "conv", "hybrid")
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
 
 
 def layer_type(config: Any, index: int) -> str | None:
@@ -239,7 +284,8 @@ def _has_theta(module: Any) -> bool:
 
 _PLAIN = (
     *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
-    *("gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+    *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
+    *("gpt_oss", "granite", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
     *("ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
@@ -249,6 +295,10 @@ _PLAIN = (
 _INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
 _LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+
+_RECURRENT_PLAIN = (
+    *("bamba", "falcon_h1", "lfm2", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN, Family()),
@@ -300,9 +350,24 @@ FAMILIES: dict[str, Family] = {
         passes_kwargs=False,
         needs_mask=True,
     ),
+    "lfm2_moe": Family(rotary=lambda decoder, index: decoder.pos_emb, is_recurrent=True),
     "nanochat": Family(backwards=True),
     # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
     "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
+    **dict.fromkeys(_RECURRENT_PLAIN, Family(is_recurrent=True)),
+    "granitemoehybrid": Family(
+        uses_rope=lambda attention: attention.config.position_embedding_type == "rope",
+        is_recurrent=True,
+    ),
+    "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True),
+    "kimi_linear": Family(uses_rope=lambda attention: False, is_recurrent=True),
+    "nemotron_h": Family(attention="mixer", uses_rope=lambda attention: False, is_recurrent=True),
+    "olmo_hybrid": Family(
+        uses_rope=lambda attention: bool(
+            (attention.config.rope_parameters or {}).get("rope_theta")
+        ),
+        is_recurrent=True,
+    ),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
     **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
 }
@@ -323,6 +388,11 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported; {supported}")
     family = FAMILIES[model_type]
+    if family.is_recurrent and not recurrent_layers_are_known():
+        raise ValueError(
+            f"model type {model_type!r} has recurrent layers, for whose states transformers "
+            f"{transformers.__version__} has no cache layers; use a newer transformers"
+        )
     decoders = [module for module in model.modules() if family.fits(module)]
     if len(decoders) != 1:
         raise ValueError(
@@ -334,6 +404,8 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False; Λ attention is causal: use a causal LM")
     known = {"full_attention", "sliding_attention"}
+    if family.is_recurrent:
+        known |= {*_RECURRENT, *_WITHOUT_ATTENTION}
     unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:
         raise ValueError(

@@ -158,14 +158,14 @@ class IdentityRotary(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
     ) -> Any:
-        """What the original returns for position 0, unscaled, for hidden states x [B, S, hidden].
+        """What the original returns for position 0, unscaled, for states x [..., B, S, hidden].
 
         [B, S, any] each, in x's dtype where real.
         """
 
         def spread(part: Tensor) -> Tensor:
             part = part.to(x.device) if part.is_complex() else part.to(x)
-            return part.expand(x.shape[0], x.shape[1], -1)
+            return part.expand(*x.shape[-3:-1], -1)
 
         out = self._outputs[layer_type if layer_type in self._outputs else None]
         return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)

@@ -109,7 +109,7 @@ def prepared(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     for name, x in values.items():
         if isinstance(x, Tensor):
             values[name] = dense(x) if x.ndim == 4 else x.contiguous()
-    for name in ("alibi_slopes", "sink_logits"):
+    for name in ("alibi_slopes", "sink_logits", "distance_bias"):
         if values.get(name) is not None:
             values[name] = values[name].float()
     if values["inv_freq"] is not None and values["inv_freq"].dtype != torch.float64:

@@ -27,7 +27,7 @@ def shuffled(request):
 def test_another_order_of_threads_gives_the_same_bits(shuffled, dtype):
     """Every order gives one result: nothing depends on who comes first."""
     q, k, v = qkv(150, 200, heads_q=4, heads_kv=2, dtype=dtype)
-    score = dict(options("all", 4, 64), max_distance=60)
+    score = dict(options("all", 4, 64, 60), max_distance=60)
     out, lse = emulated.lambda_attn(q, k, v, 20, 40, **score)
     emulated.module().set_schedule_seed(0)
     in_turn, lse_in_turn = emulated.lambda_attn(q, k, v, 20, 40, **score)

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from lminf_cuda import reference
 
-
-PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits")
+PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits", "distance_bias")
 
 
 def case(
@@ -115,7 +114,7 @@ def test_splits_do_not_change_the_choice(backend: str, threads: int, seed: int) 
 
 
 def case_of_options(option: str, dtype: torch.dtype) -> dict[str, Any]:
-    score = options(option, 6, 48)
+    score = options(option, 6, 48, 50)
     return case(150, batch=2, heads_q=6, heads_kv=2, head_dim=48, distance=50, dtype=dtype, **score)
 
 

@@ -17,8 +17,9 @@ namespace {
 constexpr int kThreads = kPlainWarps * kWarpSize;
 constexpr int kBlockN = kWarpSize;
 
+// At least four blocks a multiprocessor: told nothing, ptxas aims at more, and spills.
 template <typename T, int kBlockM>
-__global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnSources sources) {
+__global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const AttnSources sources) {
   constexpr int kWarpRows = kBlockM / kPlainWarps;
   constexpr int kKeyPitch = PlainSharedSizes::kKeyPitch;
   const LambdaAttnParams& p = sources.p;
@@ -112,10 +113,12 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
         const int64_t i = tile.positions.lo + warp_row + r, j = position + lane;
         const float s =
             plan.branch.sees(i, j)
-                ? (scoring.only_scales() ? product[r] * scoring.exponent_unit()
-                                         : scoring.score<true>(product[r], slope,
-                                                               static_cast<float>(clamped_distance(
-                                                                   i - j, p.max_distance))))
+                ? (scoring.only_scales()
+                       ? product[r] * scoring.exponent_unit()
+                       : scoring.score<true>(
+                             product[r], slope,
+                             static_cast<float>(clamped_distance(i - j, p.max_distance)),
+                             distance_bias_at(p.score, tile.head, i - j, 0)))
                 : minus_infinity();
         const float new_max = fmaxf(max[r], warp_max(s));
         const float base = new_max == minus_infinity() ? 0.0f : new_max;

@@ -53,6 +53,7 @@ struct AttnTraits {
 // The rows of a tile of queries against a tile of keys.
 struct QueryRows {
   const ScoreParams& params;
+  const int64_t& head;
   float slope;
   const Branch& branch;
   int64_t first_query;   // position of the warp's first row
@@ -65,7 +66,8 @@ struct QueryRows {
     const float corner = static_cast<float>(first_query - key_position);
     return scoring().score<false>(
         product, slope,
-        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)));
+        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
+        distance_bias_at(params, head, first_query - key_position, row - column));
   }
   LMINF_DEVICE ColumnRange columns(int row) const {
     return visible_columns(branch, first_query + row, key_position, keys);
@@ -182,8 +184,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const BranchPlan<T>& plan = branch_of(visit);
     const int64_t index = tile_of(visit);
     const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
-    const QueryRows rows{
-        p.score, slope, plan.branch, first_query, plan.origin + index * keys, p.max_distance, keys};
+    const QueryRows rows{p.score,     block[0].tile.head,         slope,          plan.branch,
+                         first_query, plan.origin + index * keys, p.max_distance, keys};
     const bool full = plan.tiles.full(index);
     if (visit < near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);

@@ -191,10 +191,14 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
       const int row = warp * kWarpRows + r + half;
       const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
       const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
-      const float s = column >= tile.keys     ? minus_infinity()
-                      : scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()
-                                              : scoring.score<true>(product[r / kHalves], slope,
-                                                                    static_cast<float>(distance));
+      const float bias =
+          row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
+      float s = minus_infinity();
+      if (column < tile.keys) {
+        s = scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()
+                                  : scoring.score<true>(product[r / kHalves], slope,
+                                                        static_cast<float>(distance), bias);
+      }
       // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
       const float max = half_warp_max(s);
 #pragma unroll
@@ -204,7 +208,9 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
         factor[r + h] = rescale_factor(state[r + h].max, new_max);
         state[r + h].max = new_max;
       }
-      const float weight = exp2f(s - (half == 0 ? state[r].max : state[r + kHalves - 1].max));
+      const float own_max = half == 0 ? state[r].max : state[r + kHalves - 1].max;
+      // A row whose keys were all hidden so far has max -inf; against 0 its weights come out 0.
+      const float weight = exp2f(s - (own_max == minus_infinity() ? 0.0f : own_max));
       const float sum = half_warp_sum(weight);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
@@ -223,7 +229,9 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
           const int row = warp * kWarpRows + r;
           float total = 0.0f;
           for (int key = 0; key < kDecodeTileKeys; ++key) {
-            total = fmaf(weights[row * kDecodeTileKeys + key], keys[key * kKeyPitch + dim], total);
+            // A hidden key leaves its row alone, be its value infinite.
+            const float weight = weights[row * kDecodeTileKeys + key];
+            if (weight != 0.0f) total = fmaf(weight, keys[key * kKeyPitch + dim], total);
           }
           float& o = out[row * head_dim + first + dim];
           o = o * factor[r] + total;

@@ -1,7 +1,7 @@
 // Middle tokens: of the keys between the global tokens and the window, each head's top_k with the
 // largest score at distance m join the softmax there.
 //
-//   s_j = scale * <R(m) q, k_j> - slope * m, then softcap,   j in [n_global, i - window]
+//   s_j = scale * <R(m) q, k_j> - slope * m + bias[m], then softcap,   j in [n_global, i - window]
 //   out = (2^lse_Λ out_Λ + sum over the chosen j of 2^s_j v_j) / (2^lse_Λ + sum of 2^s_j)
 //
 // Schedule: all keys stand at one distance, so the query is rotated once and the keys not at all.
@@ -89,8 +89,9 @@ LMINF_DEVICE Range candidates(const MiddleTopkParams& p, int64_t b) {
   return keys.hi - keys.lo < p.top_k ? Range{0, 0} : keys;
 }
 
+// Four blocks a multiprocessor, as planned: told nothing, ptxas aims at more, and spills.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLaunch l) {
+__global__ void __launch_bounds__(kThreads, 4) middle_select_kernel(const MiddleLaunch l) {
   using Vec = Packed<T, kVec>;
   const MiddleTopkParams& p = l.p;
   const int thread = static_cast<int>(threadIdx.x);
@@ -110,6 +111,9 @@ __global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLau
   if (keeps_list) list.clear(lane);
   const Range all = candidates(p, b);
   if (all.empty()) return;
+  // A bias of -inf hides all of a head's keys.
+  const bool looks =
+      keeps_list && distance_bias_at(p.score, first_head + warp, p.distance, 0) != minus_infinity();
   const int64_t count = all.hi - all.lo, first = first_position(p, b);
   const Range keys = {all.lo + count * split / l.splits, all.lo + count * (split + 1) / l.splits};
 
@@ -181,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLau
       }
     }
     __syncthreads();
-    if (keeps_list) {
+    if (looks) {
       for (int first_column = 0; first_column < n_keys; first_column += kWarpSize) {
         const int column = first_column + lane;
         const float s = column < n_keys ? scores[warp * kTileKeys + column] : minus_infinity();
@@ -201,8 +205,9 @@ __global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLau
 }
 
 // From scale * <R(m) q, k> to a score in units of log2.
-LMINF_DEVICE float finished(const MiddleTopkParams& p, float product, float slope) {
+LMINF_DEVICE float finished(const MiddleTopkParams& p, float product, float slope, float bias) {
   if (p.score.alibi_slopes != nullptr) product -= slope * static_cast<float>(p.distance);
+  product += bias;
   const float cap = p.score.softcap;
   if (cap > 0.0f) product = cap * tanhf(product / cap);
   return product * kLog2e;
@@ -249,8 +254,9 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
                          ? minus_infinity()
                          : load_global(p.score.sink_logits + head) * kLog2e;
   const float slope = alibi_slope(p.score, head);
+  const float bias = distance_bias_at(p.score, head, p.distance, 0);
   // Softcap keeps the order of the products, so the first score is the largest.
-  const float max = fmaxf(finished(p, load_global(top.score), slope), fmaxf(lambda, sink));
+  const float max = fmaxf(finished(p, load_global(top.score), slope, bias), fmaxf(lambda, sink));
   const float seen = exp2f(lambda - max), sunk = exp2f(sink - max);
   const int64_t first = first_position(p, b);
   const T* v_rows = static_cast<const T*>(p.v) + b * p.v_stride.batch +
@@ -260,7 +266,7 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
     for (int64_t n = 0; n < p.top_k; ++n) {
       const int64_t j = load_global(top.position + n);
       if (j < 0) break;
-      const float weight = exp2f(finished(p, load_global(top.score + n), slope) - max);
+      const float weight = exp2f(finished(p, load_global(top.score + n), slope, bias) - max);
       sum += weight;
       const T value = load_global(v_rows + (j - first) * p.v_stride.seq + dim);
       total = fmaf(weight, to_float(value), total);

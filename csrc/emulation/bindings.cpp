@@ -82,6 +82,9 @@ class Arguments {
     s.softcap = number<float>("softcap");
     s.alibi_slopes = static_cast<const float*>(pointer("alibi_slopes"));
     s.sink_logits = static_cast<const float*>(pointer("sink_logits"));
+    s.distance_bias = static_cast<const float*>(pointer("distance_bias"));
+    if (has("distance_bias"))
+      s.n_distances = values_["distance_bias"].attr("shape").cast<std::vector<int64_t>>()[1];
     return s;
   }
 
