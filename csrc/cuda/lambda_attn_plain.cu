@@ -17,8 +17,9 @@ namespace {
 constexpr int kThreads = kPlainWarps * kWarpSize;
 constexpr int kBlockN = kWarpSize;
 
+// At least four blocks a multiprocessor: told nothing, ptxas aims at more, and spills.
 template <typename T, int kBlockM>
-__global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnSources sources) {
+__global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const AttnSources sources) {
   constexpr int kWarpRows = kBlockM / kPlainWarps;
   constexpr int kKeyPitch = PlainSharedSizes::kKeyPitch;
   const LambdaAttnParams& p = sources.p;

@@ -193,11 +193,12 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
       const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
       const float bias =
           row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
-      const float s = column >= tile.keys ? minus_infinity()
-                      : scoring.only_scales()
-                          ? product[r / kHalves] * scoring.exponent_unit()
-                          : scoring.score<true>(product[r / kHalves], slope,
-                                                static_cast<float>(distance), bias);
+      float s = minus_infinity();
+      if (column < tile.keys) {
+        s = scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()
+                                  : scoring.score<true>(product[r / kHalves], slope,
+                                                        static_cast<float>(distance), bias);
+      }
       // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
       const float max = half_warp_max(s);
 #pragma unroll

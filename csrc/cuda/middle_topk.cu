@@ -89,17 +89,9 @@ LMINF_DEVICE Range candidates(const MiddleTopkParams& p, int64_t b) {
   return keys.hi - keys.lo < p.top_k ? Range{0, 0} : keys;
 }
 
-// What a head adds to every score: the distance is one and the same.
-LMINF_DEVICE float added(const MiddleTopkParams& p, int64_t head) {
-  const float bias =
-      p.score.distance_bias == nullptr
-          ? 0.0f
-          : load_global(p.score.distance_bias + head * p.score.n_distances + p.distance);
-  return bias - alibi_slope(p.score, head) * static_cast<float>(p.distance);
-}
-
+// Four blocks a multiprocessor, as planned: told nothing, ptxas aims at more, and spills.
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLaunch l) {
+__global__ void __launch_bounds__(kThreads, 4) middle_select_kernel(const MiddleLaunch l) {
   using Vec = Packed<T, kVec>;
   const MiddleTopkParams& p = l.p;
   const int thread = static_cast<int>(threadIdx.x);
@@ -114,13 +106,14 @@ __global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLau
   const int64_t group = p.heads_q / p.heads_kv;
   const int64_t first_head = kv_head * group + head_tile * kHeads;
   const int heads = static_cast<int>(min64(kHeads, group - head_tile * kHeads));
-  const int64_t list_head = first_head + (warp < heads ? warp : 0);
-  const TopList list = top_list(l, b * p.heads_q + list_head, split);
-  if (warp < heads) list.clear(lane);
-  // A bias of -inf hides all keys from a head.
-  const bool chooses = warp < heads && added(p, list_head) != minus_infinity();
+  const bool keeps_list = warp < heads;
+  const TopList list = top_list(l, b * p.heads_q + first_head + (keeps_list ? warp : 0), split);
+  if (keeps_list) list.clear(lane);
   const Range all = candidates(p, b);
   if (all.empty()) return;
+  // A bias of -inf hides all of a head's keys.
+  const bool looks =
+      keeps_list && distance_bias_at(p.score, first_head + warp, p.distance, 0) != minus_infinity();
   const int64_t count = all.hi - all.lo, first = first_position(p, b);
   const Range keys = {all.lo + count * split / l.splits, all.lo + count * (split + 1) / l.splits};
 
@@ -192,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLau
       }
     }
     __syncthreads();
-    if (chooses) {
+    if (looks) {
       for (int first_column = 0; first_column < n_keys; first_column += kWarpSize) {
         const int column = first_column + lane;
         const float s = column < n_keys ? scores[warp * kTileKeys + column] : minus_infinity();
@@ -212,8 +205,9 @@ __global__ void __launch_bounds__(kThreads) middle_select_kernel(const MiddleLau
 }
 
 // From scale * <R(m) q, k> to a score in units of log2.
-LMINF_DEVICE float finished(const MiddleTopkParams& p, float product, float addend) {
-  product += addend;
+LMINF_DEVICE float finished(const MiddleTopkParams& p, float product, float slope, float bias) {
+  if (p.score.alibi_slopes != nullptr) product -= slope * static_cast<float>(p.distance);
+  product += bias;
   const float cap = p.score.softcap;
   if (cap > 0.0f) product = cap * tanhf(product / cap);
   return product * kLog2e;
@@ -259,9 +253,10 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
   const float sink = p.score.sink_logits == nullptr
                          ? minus_infinity()
                          : load_global(p.score.sink_logits + head) * kLog2e;
-  const float addend = added(p, head);
+  const float slope = alibi_slope(p.score, head);
+  const float bias = distance_bias_at(p.score, head, p.distance, 0);
   // Softcap keeps the order of the products, so the first score is the largest.
-  const float max = fmaxf(finished(p, load_global(top.score), addend), fmaxf(lambda, sink));
+  const float max = fmaxf(finished(p, load_global(top.score), slope, bias), fmaxf(lambda, sink));
   const float seen = exp2f(lambda - max), sunk = exp2f(sink - max);
   const int64_t first = first_position(p, b);
   const T* v_rows = static_cast<const T*>(p.v) + b * p.v_stride.batch +
@@ -271,7 +266,7 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
     for (int64_t n = 0; n < p.top_k; ++n) {
       const int64_t j = load_global(top.position + n);
       if (j < 0) break;
-      const float weight = exp2f(finished(p, load_global(top.score + n), addend) - max);
+      const float weight = exp2f(finished(p, load_global(top.score + n), slope, bias) - max);
       sum += weight;
       const T value = load_global(v_rows + (j - first) * p.v_stride.seq + dim);
       total = fmaf(weight, to_float(value), total);
