@@ -112,7 +112,7 @@ def extension() -> Extension:
     """The extension with the CPU kernels, and the CUDA kernels where they can be built. The CPU
     kernels choose their instruction set at run time, so no machine flag is passed here."""
     home = cuda_toolkit()
-    sources = files("cpu/*.cpp") + files("torch/*.cpp")
+    sources = files("cpu/*.cpp") + files("torch/*.cpp") + files("cuda/*.cpp")
     macros = [("TORCH_TARGET_VERSION", TORCH_ABI)]
     folders: dict[str, list[str]] = {}
     libraries: list[str] = []

@@ -67,13 +67,19 @@ def compile_one(source: Path, architecture: str) -> list[Kernel]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    kernels, name, frame = [], "", (0, 0, 0)
+    kernels: list[Kernel] = []
+    name, frame = "", (0, 0, 0)
     for line in done.stderr.splitlines():
         if found := ENTRY.search(line):
             name = found.group(1)
         elif found := FRAME.search(line):
             stack, stores, loads = map(int, found.groups())
             frame = (stack, stores, loads)
+            if not name and kernels:  # of a function that the kernel before it calls
+                called = kernels[-1]
+                called.stack += stack
+                called.spill_stores += stores
+                called.spill_loads += loads
         elif (found := REGISTERS.search(line)) and name:
             kernels.append(Kernel(source.name, name, architecture, int(found.group(1)), *frame))
             name = ""

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from lminf_cuda import reference
     from lminf_cuda.cache import LambdaCache
     from lminf_cuda.patches import patch_model, unpatch_model
+    from lminf_cuda.plan import KernelPlan, decode_plan, kernel_plan
 
 __version__ = "0.1.0"
 __all__ = [
+    "KernelPlan",
     "LambdaCache",
     "__version__",
+    "decode_plan",
+    "kernel_plan",
     "lambda_attention",
     "patch_model",
     "reference",
@@ -26,7 +30,10 @@ __all__ = [
 
 # Public name -> module that holds it; a module stands for itself.
 _LAZY = {
+    "KernelPlan": "lminf_cuda.plan",
     "LambdaCache": "lminf_cuda.cache",
+    "decode_plan": "lminf_cuda.plan",
+    "kernel_plan": "lminf_cuda.plan",
     "patch_model": "lminf_cuda.patches",
     "unpatch_model": "lminf_cuda.patches",
     "reference": "lminf_cuda.reference",

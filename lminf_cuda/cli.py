@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -665,8 +665,40 @@ def bench(
 
 
 @app.command()
-def info() -> None:
+def info(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Which kernels serve a shape instead, and how.")
+    ] = False,
+    capability: Annotated[
+        int | None,
+        typer.Option(min=80, help="Plan for a GPU of this compute capability, as in 80 or 90."),
+    ] = None,
+    multiprocessors: Annotated[int, typer.Option(min=1, help="Of that GPU.")] = 132,
+    dtype: DtypeOption = Dtype.bfloat16,
+    device: DeviceOption = Device.cpu,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key heads; they divide --heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=2, help="Elements of a head.")] = 128,
+    length: Annotated[int, typer.Option(min=1, help="Keys of a prefill.")] = 32768,
+    queries: Annotated[
+        int | None, typer.Option(min=1, help="Queries of it, the last ones; default: all.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Last tokens that are visible.")] = 4096,
+    n_global: NGlobalOption = 16,
+    max_distance: MaxDistanceOption = None,
+    rope: Annotated[bool, typer.Option(help="Whether keys are rotated.")] = True,
+) -> None:
     """Versions, the kernels that are built and the instruction set in use."""
+    if plan:
+        check_device(device)
+        shape = PlanShape(
+            pick_dtype(dtype, device), device.value, batch, heads, kv_heads, head_dim, length,
+            queries or length, window, n_global, max_distance, rope,
+        )  # fmt: skip
+        with blamed("--plan"):
+            print_plans(shape, capability, multiprocessors)
+        return
     table = Table(show_header=False)
     table.add_column("fact")
     table.add_column("value", overflow="fold")
@@ -676,6 +708,66 @@ def info() -> None:
     screen.print(table)
     if "cuda" not in ops.backends():
         screen.print(NO_CUDA_KERNELS, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """What `lminf info --plan` is asked about."""
+
+    dtype: torch.dtype
+    device: str
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    queries: int
+    window: int
+    n_global: int
+    max_distance: int | None
+    rope: bool
+
+    def tensor(self, heads: int, rows: int) -> torch.Tensor:
+        """[B, heads, rows, D], all rows in the same memory: plans look at no value."""
+        row = torch.empty(self.head_dim, dtype=self.dtype, device=self.device)
+        return row.expand(self.batch, heads, rows, -1)
+
+    def cache(self, slots: int) -> torch.Tensor:
+        """[B, kv_heads, slots, D], which the op would write to, so every row has its own memory."""
+        shape = (self.batch, self.kv_heads, slots, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) -> None:
+    """The table of `lminf info --plan`: the prefill and a decoding step of one shape."""
+    target: dict[str, Any] = dict(device_capability=capability, multiprocessors=multiprocessors)
+    options: dict[str, Any] = dict(max_distance=shape.max_distance)
+    if shape.rope:
+        options["inv_freq"] = torch.ones(shape.head_dim // 2, device=shape.device)
+    keys = shape.tensor(shape.kv_heads, shape.length)
+    ring, few = shape.cache(shape.window), shape.cache(shape.n_global)
+    one = shape.tensor(shape.kv_heads, 1)
+    plans = {
+        "lambda_attn": lminf_cuda.kernel_plan(
+            shape.tensor(shape.heads, shape.queries), keys, keys, shape.n_global, shape.window,
+            **target, **options,
+        ),
+        "lambda_decode": lminf_cuda.decode_plan(
+            shape.tensor(shape.heads, 1), one, one, ring, ring, few, few,
+            torch.zeros(shape.batch, dtype=torch.int64, device=shape.device), shape.window,
+            **target, **options,
+        ),
+    }  # fmt: skip
+    where = shape.device if capability is None else f"CUDA, capability {capability}"
+    table = Table(title=f"{where}, {str(shape.dtype).removeprefix('torch.')}", box=SIMPLE_HEAD)
+    table.add_column("op")
+    facts = [field.name for field in fields(lminf_cuda.KernelPlan)]
+    for name in facts:
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
+    for op, plan in plans.items():
+        values = (getattr(plan, name) for name in facts)
+        table.add_row(op, *(f"{x:,}" if isinstance(x, int) else x for x in values))
+    console().print(table)
 
 
 def _facts() -> dict[str, str]:

@@ -3,6 +3,12 @@
 import emulated
 import pytest
 import torch
+import transformers
+
+
+def pytest_report_header() -> str:
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
 
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 _NO_EMULATION = pytest.mark.skipif(

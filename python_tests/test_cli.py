@@ -78,6 +78,18 @@ def test_info_names_versions_kernels_and_instruction_set():
     assert ("no CUDA kernels in this build" in output) == ("cuda" not in built)
 
 
+def test_info_plan_shows_which_kernels_serve_a_shape():
+    shape = ("--length", 500, "--window", 64, "--heads", 4, "--kv-heads", 2, "--head-dim", 64)
+    code, output = lminf("info", "--plan", *shape)
+    assert code == 0
+    assert re.search(rf"lambda_attn {lminf_cuda.ops.cpu_isa()} .*lambda_decode", output)
+    code, output = lminf("info", "--plan", "--capability", 80, "--no-rope", *shape)
+    assert code == 0
+    assert re.search(r"lambda_attn sm80 128 64 1 16 128 49,792 0 lambda_decode sm80 16 16", output)
+    code, output = lminf("info", "--plan", "--heads", 7)
+    assert code == 2 and "q has 7 heads and k has 8" in output
+
+
 def test_evaluate_writes_table_plot_and_two_sentences(folder, tmp_path):
     out = tmp_path / "out"
     code, output = lminf(

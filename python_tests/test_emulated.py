@@ -27,7 +27,7 @@ def shuffled(request):
 def test_another_order_of_threads_gives_the_same_bits(shuffled, dtype):
     """Every order gives one result: nothing depends on who comes first."""
     q, k, v = qkv(150, 200, heads_q=4, heads_kv=2, dtype=dtype)
-    score = dict(options("all", 4, 64), max_distance=60)
+    score = dict(options("all", 4, 64, 60), max_distance=60)
     out, lse = emulated.lambda_attn(q, k, v, 20, 40, **score)
     emulated.module().set_schedule_seed(0)
     in_turn, lse_in_turn = emulated.lambda_attn(q, k, v, 20, 40, **score)
@@ -52,27 +52,24 @@ def test_another_order_of_threads_decodes_the_same_bits(shuffled, dtype):
         assert torch.equal(ours, in_turn)
 
 
-def kernel_of(**changes):
-    q, k, v = changes.pop("qkv", None) or qkv(8, 8, dtype=torch.bfloat16)
-    values = emulated.lambda_attn_values(q, k, v, 2, 4, **changes)
-    return emulated.module().attn_kernel(values)
-
-
-def test_which_kernel_runs():
-    """16-bit elements in aligned rows run on tensor cores, everything else on ordinary ones."""
-    assert kernel_of() == "sm80"
-    assert kernel_of(qkv=qkv(8, 8, dtype=torch.float16, head_dim=40)) == "sm80"
-    assert kernel_of(qkv=qkv(8, 8)) == "plain"
-    assert kernel_of(qkv=qkv(8, 8, dtype=torch.bfloat16, head_dim=60)) == "plain"
-    assert kernel_of(qkv=qkv(8, 8, dtype=torch.bfloat16, head_dim=264)) == "plain"
-    q, k, v = (torch.cat([x, x], -1) for x in qkv(8, 8, dtype=torch.bfloat16))
-    assert kernel_of(qkv=[x[..., 8:72] for x in (q, k, v)]) == "sm80"
-    assert kernel_of(qkv=[x[..., 3:67] for x in (q, k, v)]) == "plain"
+@pytest.mark.parametrize("multiprocessors", [1, 16])
+def test_a_device_of_another_size_decodes_the_same(multiprocessors):
+    """The number of splits follows the device's multiprocessors."""
+    arguments = randn(
+        4, (1, 4, 1, 64), *[(1, 2, 1, 64)] * 2, *[(1, 2, n, 64) for n in (1024, 1024, 9, 9)]
+    )
+    arguments += [torch.tensor([3000]), 1024]
+    usual, usual_lse = emulated.lambda_decode(*arguments)
+    emulated.module().set_device(multiprocessors=multiprocessors)
+    out, lse = emulated.lambda_decode(*arguments)
+    emulated.module().set_device()
+    torch.testing.assert_close(out, usual, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse, usual_lse, rtol=0, atol=1e-6)
 
 
 def test_too_large_a_head_dim_is_refused():
-    q, k, v = qkv(4, 4, head_dim=400)
-    with pytest.raises(ValueError, match="head dim is 400, but on CUDA it must be at most 384"):
+    q, k, v = qkv(4, 4, head_dim=2049)
+    with pytest.raises(ValueError, match="head dim is 2049, but on CUDA it must be at most 2048"):
         emulated.lambda_attn(q, k, v, 1, 2)
 
 

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from cases import DTYPES, NAN, OPTION_NAMES, call, check_lambda_attn, options, poisoned, qkv, randn
+from cases import (
+    DTYPES,
+    INF,
+    NAN,
+    OPTION_NAMES,
+    biases,
+    call,
+    check_lambda_attn,
+    options,
+    poisoned,
+    qkv,
+    randn,
+)
 from test_clamped_rope import check as check_clamped_rope
 from test_lambda_decode import Cache, step
 
@@ -55,7 +67,7 @@ def test_shapes(isa, shape, dtype):
 def test_options(isa, option, dtype):
     q, k, v = qkv(90, 110, batch=2, heads_q=4, heads_kv=2, head_dim=48, dtype=dtype)
     check_lambda_attn(
-        "cpu", q, k, v, n_global=5, window=37, max_distance=50, **options(option, 4, 48)
+        "cpu", q, k, v, n_global=5, window=37, max_distance=50, **options(option, 4, 48, 50)
     )
 
 
@@ -84,6 +96,21 @@ def test_nothing_leaks_from_padding_or_hidden_keys(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_leaks_from_hidden_distances(isa, dtype):
+    """Head 0 does not see distance 30, head 1 does; a softcap would make -inf finite."""
+    q, k, v = qkv(100, 100, dtype=dtype)
+    table = biases(2, 40)
+    table[0, 30] = -INF
+    score = dict(distance_bias=table, softcap=3.0)
+    clean, _ = check_lambda_attn("cpu", q, k, v, n_global=3, window=40, **score)
+    for x in (k, v):
+        x[:, :, 60] = NAN
+    out, _ = call("cpu", "lambda_attn", q, k, v, 3, 40, **score)
+    torch.testing.assert_close(out[0, 0, 90], clean[0, 0, 90], rtol=1e-2, atol=1e-2)
+    assert out[0, 1, 90].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropped_and_rotated_keys_far_out(isa, dtype):
     q, k, v = qkv(70, 130, batch=2, heads_q=4, heads_kv=2, dtype=dtype)
     global_k, global_v = randn(9, *[(2, 2, 7, 64)] * 2, dtype=dtype)
@@ -109,7 +136,7 @@ def test_dropped_and_rotated_keys_far_out(isa, dtype):
 @pytest.mark.parametrize("option", ["rope", "all"])
 def test_decode(isa, option, head_dim, dtype):
     """A cache that starts out as NaN, over its seam; then a full one far out."""
-    window, n_global, score = 17, 5, options(option, 8, head_dim)
+    window, n_global, score = 17, 5, options(option, 8, head_dim, 17)
     cache = Cache.empty(2, 2, window, n_global, head_dim, dtype)
     shapes = [(2, 8, 40, head_dim), *[(2, 2, 40, head_dim)] * 2]
     q, k, v = randn(0, *shapes, dtype=dtype)
@@ -120,6 +147,7 @@ def test_decode(isa, option, head_dim, dtype):
     full = [(2, 2, 300, head_dim)] * 2 + [(2, 2, n_global, head_dim)] * 2
     cache = Cache(*randn(1, *full, dtype=dtype))
     positions = torch.tensor([200_000_000, 400])
+    score = options(option, 8, head_dim, 290)
     step("cpu", *(x[:, :, :1] for x in (q, k, v)), cache, positions, 290, **score)
 
 

@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "../params.h"
+#include "../plan.h"
 
 namespace lminf::cpu {
 
@@ -37,5 +38,8 @@ struct Kernels {
 // for a name that is unknown, not built, or not supported by this machine; the message lists the
 // names that would work.
 const Kernels& kernels();
+
+// What lambda_attn runs with so many threads.
+KernelPlan lambda_attn_plan(const LambdaAttnParams& params, int threads);
 
 }  // namespace lminf::cpu

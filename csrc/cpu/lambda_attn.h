@@ -12,7 +12,8 @@
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
 
-constexpr int64_t kMaxHeadsPerTask = 16;
+// Distances that the queries of a block have to the keys of a tile.
+constexpr int64_t kBiasStride = kBlockM + kBlockN;
 
 // What one thread needs for its tasks.
 template <typename E>
@@ -33,6 +34,7 @@ struct AttnScratch {
     probs = kInPlace ? reinterpret_cast<E*>(scores) : memory.take<E>(kBlockM * kScoreStride);
     key_rows = memory.take<E>(kLanes * dim_padded);
     row = memory.take<float>(dim_padded);
+    biases = memory.take<float>(kMaxHeadsPerTask * kBiasStride);
   }
 
   static size_t bytes(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary) {
@@ -41,7 +43,8 @@ struct AttnScratch {
            Scratch::bytes<float>(rows * kLanes) + Scratch::bytes<float>(rows * dim_padded) +
            Scratch::bytes<float>(kBlockM * kScoreStride) +
            Scratch::bytes<E>(kBlockM * kScoreStride) + Scratch::bytes<E>(kLanes * dim_padded) +
-           Scratch::bytes<float>(dim_padded);
+           Scratch::bytes<float>(dim_padded) +
+           Scratch::bytes<float>(kMaxHeadsPerTask * kBiasStride);
   }
 
   Scratch memory;
@@ -53,6 +56,7 @@ struct AttnScratch {
   E* probs;       // [kBlockM][kScoreStride]
   E* key_rows;    // [kLanes][Dp] on their way into a tile
   float* row;     // [Dp]
+  float* biases;  // [heads of a task][kBiasStride], see fill_biases
 };
 
 template <typename T>
@@ -69,7 +73,8 @@ class LambdaAttnForward {
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     // A negative scale turns maxima into minima, so it is applied before they are taken.
-    map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
+    map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
+                   map_.softcap > 0.0f || map_.scale < 0.0f;
     map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
   }
 
@@ -200,6 +205,12 @@ class LambdaAttnForward {
     gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
                 dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride);
 
+    if (p_.score.distance_bias != nullptr) fill_biases(t, queries.hi - 1 - tile_first, s);
+    const auto bias_of = [&](int64_t r) {
+      const int64_t i = t.position + (row0 + r) / t.heads;
+      return bias(t, frame, i, (row0 + r) % t.heads, tile_first, queries.hi - 1 - i, s);
+    };
+
     int lo[kBlockM], hi[kBlockM];
     float tile_max[kBlockM];
     for (int64_t r = 0; r < rows; ++r) {
@@ -209,8 +220,7 @@ class LambdaAttnForward {
       lo[r] = static_cast<int>(row_sees.lo - tile_first);
       hi[r] = static_cast<int>(row_sees.hi - tile_first);
       if (lo[r] >= hi[r]) continue;
-      tile_max[r] = scores_max(map_, bias(t, frame, i, (row0 + r) % t.heads, tile_first), scores,
-                               lo[r], hi[r]);
+      tile_max[r] = scores_max(map_, bias_of(r), scores, lo[r], hi[r]);
     }
     for (int64_t r = 0; r < rows; ++r)
       softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
@@ -226,18 +236,31 @@ class LambdaAttnForward {
     // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
     for (int64_t r = 0; r < rows; ++r) {
       float* out = s.states.out + (row0 + r) * dim_padded_;
+      const float* table = bias_of(r).table;
       for (int key = lo[r]; key < hi[r]; ++key) {
+        if (table != nullptr && table[key] == minus_infinity()) continue;
         const float p = to_float(s.probs[r * kScoreStride + key]);
         for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(tile.values, dim_padded_, key, d);
       }
     }
   }
 
-  RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
-    const float slope = p_.score.alibi_slopes[t.head_q + h];
-    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
-    return {slope, static_cast<float>(i - tile_first), 1.0f};
+  // The biases of each head for one block: of the block's last query, at `distance` to the tile's
+  // first key, and for the queries before it the same from a later entry on.
+  void fill_biases(const AttnTask& t, int64_t distance, AttnScratch<E>& s) const {
+    for (int64_t h = 0; h < t.heads; ++h)
+      biases_by_column(p_.score, t.head_q + h, distance, kBiasStride, s.biases + h * kBiasStride);
+  }
+
+  // Of the query at position i, which stands so many `queries_before` the block's last.
+  RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first,
+               int64_t queries_before, const AttnScratch<E>& s) const {
+    const bool far = frame == KeyFrame::kMaxDistance;
+    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : i - tile_first),
+                    far ? 0.0f : 1.0f};
+    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[t.head_q + h];
+    if (p_.score.distance_bias != nullptr) bias.table = s.biases + h * kBiasStride + queries_before;
+    return bias;
   }
 
   void store(const AttnTask& t, AttnScratch<E>& s) const {

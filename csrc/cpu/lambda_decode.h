@@ -32,7 +32,8 @@ class LambdaDecodeStep {
     reads_in_place_ = dim_ % (std::is_same_v<RingOperand, float> ? kLanes : 32) == 0;
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
-    map_.general = p_.score.alibi_slopes != nullptr || map_.softcap > 0.0f || map_.scale < 0.0f;
+    map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
+                   map_.softcap > 0.0f || map_.scale < 0.0f;
     map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
   }
 
@@ -90,6 +91,7 @@ class LambdaDecodeStep {
       probs = memory.take<RingOperand>(padded(step.group_) * kDecodeBlock);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
       v_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
+      biases = memory.take<float>(step.group_ * kDecodeBlock);
     }
 
     static size_t bytes(const LambdaDecodeStep& step) {
@@ -99,7 +101,8 @@ class LambdaDecodeStep {
              Scratch::bytes<RingOperand>(Ring::query_size(step.group_, step.dim_padded_)) +
              Scratch::bytes<float>(padded(step.group_) * kDecodeBlock) +
              Scratch::bytes<RingOperand>(padded(step.group_) * kDecodeBlock) +
-             2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_);
+             2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_) +
+             Scratch::bytes<float>(step.group_ * kDecodeBlock);
     }
     // Matrix tiles write 16 heads at a time.
     static int padded(int heads) { return (heads + 15) / 16 * 16; }
@@ -112,6 +115,7 @@ class LambdaDecodeStep {
     float* scores;         // [group][kDecodeBlock]
     RingOperand* probs;    // [group][kDecodeBlock], of `ring`; other products write over the scores
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
+    float* biases;           // [group][kDecodeBlock], of distance_bias
   };
 
   template <typename U>
@@ -245,21 +249,45 @@ class LambdaDecodeStep {
     product.prepare_values(v, v_stride, n, dim_padded_);
     product.scores(q, group_, dim_padded_, k, k_stride, n, s.scores);
     const int end = (n + Product::kProbGrain - 1) / Product::kProbGrain * Product::kProbGrain;
+    bool hides = false;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * kDecodeBlock;
-      const float largest =
-          scores_max(map_, bias(h * group_ + g, frame, first, position), scores, 0, n);
+      const RowBias added =
+          bias(h * group_ + g, frame, first, position, s.biases + g * kDecodeBlock);
+      if (added.table != nullptr) hides |= row_hides(added.table, n);
+      const float largest = scores_max(map_, added, scores, 0, n);
       softmax_row<5>(rows, g, dim_padded_, scores, probs + g * kDecodeBlock, 0, n, 0, end,
                      map_.factor, largest);
     }
-    product.add_values(probs, group_, v, v_stride, n, dim_padded_, rows.out);
+    if (!hides) return product.add_values(probs, group_, v, v_stride, n, dim_padded_, rows.out);
+    // An infinite or NaN value must not reach a head that does not see its key, not even times 0.
+    for (int g = 0; g < group_; ++g) {
+      for (int c = 0; c < n; ++c) {
+        if (s.biases[g * kDecodeBlock + c] == minus_infinity()) continue;
+        const float p = to_float(probs[g * kDecodeBlock + c]);
+        DecodeProduct<K>().add_values(&p, 1, v + c * v_stride, v_stride, 1, dim_padded_,
+                                      rows.out + g * dim_padded_);
+      }
+    }
   }
 
-  RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position) const {
-    if (p_.score.alibi_slopes == nullptr) return {0.0f, 0.0f, 0.0f};
-    const float slope = p_.score.alibi_slopes[head];
-    if (frame == KeyFrame::kMaxDistance) return {slope, static_cast<float>(p_.max_distance), 0.0f};
-    return {slope, static_cast<float>(position - first), 1.0f};
+  // `table` is room for the biases of a block.
+  RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position, float* table) const {
+    const bool far = frame == KeyFrame::kMaxDistance;
+    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : position - first),
+                    far ? 0.0f : 1.0f};
+    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[head];
+    if (p_.score.distance_bias != nullptr) {
+      biases_by_column(p_.score, head, position - first, kDecodeBlock, table);
+      bias.table = table;
+    }
+    return bias;
+  }
+
+  static bool row_hides(const float* table, int n) {
+    int hidden = 0;  // counted to the end, in whole vectors
+    for (int c = 0; c < n; ++c) hidden += table[c] == minus_infinity();
+    return hidden > 0;
   }
 
   void combine(int64_t pair, int64_t splits, const RowStates& all) const {

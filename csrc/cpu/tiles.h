@@ -20,3 +20,4 @@ constexpr int64_t kTileCacheBytes = int64_t{5} << 19;
 
 // Rows that meet a tile in one go; their queries and outputs fit the second level.
 constexpr int64_t kTaskRows = 256;
+constexpr int64_t kMaxHeadsPerTask = 16;

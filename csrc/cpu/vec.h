@@ -94,6 +94,11 @@ inline Vec vkeep(Vec v, int lo, int hi, Vec fill) {
   const uint32_t to = hi >= 16 ? 0xffffu : hi <= 0 ? 0u : 0xffffu >> (16 - hi);
   return _mm512_mask_blend_ps(static_cast<__mmask16>(from & to), fill, v);
 }
+// v, and -inf where `bias` is -inf, even for a NaN.
+inline Vec vhide(Vec v, Vec bias) {
+  const Vec none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(bias, none, _CMP_EQ_OQ), none);
+}
 inline Vec vload(const bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -168,6 +173,10 @@ inline Vec vkeep(Vec v, int lo, int hi, Vec fill) {
                                         _mm256_cmpgt_epi32(_mm256_set1_epi32(hi), lane));
   return _mm256_blendv_ps(fill, v, _mm256_castsi256_ps(keep));
 }
+inline Vec vhide(Vec v, Vec bias) {
+  const Vec none = vset(-std::numeric_limits<float>::infinity());
+  return _mm256_blendv_ps(v, none, _mm256_cmp_ps(bias, none, _CMP_EQ_OQ));
+}
 inline Vec vload(const bf16* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
@@ -221,6 +230,10 @@ inline Vec vkeep(Vec v, int lo, int hi, Vec fill) {
   const VecInt lane = {0, 1, 2, 3};
   const VecInt keep = (lane >= lo) & (lane < hi);
   return keep ? v : fill;
+}
+inline Vec vhide(Vec v, Vec bias) {
+  const Vec none = vset(-std::numeric_limits<float>::infinity());
+  return bias == none ? none : v;
 }
 inline Vec vload(const bf16* p) {
   return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};

@@ -5,19 +5,26 @@ namespace lminf::cuda {
 
 #if defined(LMINF_EMULATION)
 
-// Few, so that decoding in the tests is cut into several splits, but not into dozens.
-int multiprocessors(int) { return 4; }
+DeviceFacts device_facts(int) {
+  const emulation::Device device = emulation::device();
+  return {device.capability, device.multiprocessors};
+}
 
 #else
 
-int multiprocessors(int device) {
-  int count = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("device ") + std::to_string(device) + ": " +
-                             cudaGetErrorString(error));
-  }
-  return count;
+DeviceFacts device_facts(int device) {
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+    if (error != cudaSuccess) {
+      throw std::runtime_error(std::string("device ") + std::to_string(device) + ": " +
+                               cudaGetErrorString(error));
+    }
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+              attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount)};
 }
 
 #endif

@@ -11,16 +11,19 @@
 #if defined(LMINF_EMULATION)
 #include "../emulation/device.h"
 #define LMINF_DEVICE inline
+#define LMINF_DEVICE_CALL inline
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define LMINF_DEVICE __device__ __forceinline__
+#define LMINF_DEVICE_CALL __device__ __noinline__  // where a call is better than its registers
 #endif
 
 #include "../core/common.h"
 #include "../params.h"
 #include "launchers.h"
+#include "plan.h"
 
 namespace lminf::cuda {
 
@@ -202,6 +205,20 @@ class SharedArray {
 #endif
 };
 
+// --- Over a warp ---
+
+LMINF_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
+  return x;
+}
+
+LMINF_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
+  return x;
+}
+
 // --- Launching ---
 
 struct LaunchShape {
@@ -213,18 +230,12 @@ struct LaunchShape {
   bool overlaps = false;
 };
 
-constexpr int64_t kMaxBlocks = 2147483647;
-
 // Throws std::runtime_error when the launch is impossible or the runtime reports an error.
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), LaunchShape shape,
             [[maybe_unused]] Stream stream, const Args&... args) {
   if (shape.blocks <= 0) return;
-  if (shape.blocks > kMaxBlocks) {
-    throw std::runtime_error(std::string(name) + ": needs " + std::to_string(shape.blocks) +
-                             " blocks, a launch takes at most " + std::to_string(kMaxBlocks) +
-                             "; split the batch");
-  }
+  check_blocks(name, shape.blocks);
 #if defined(LMINF_EMULATION)
   emulation::launch(name, {static_cast<unsigned>(shape.blocks), 1, 1},
                     {static_cast<unsigned>(shape.threads), 1, 1},

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lambda_attn_sources.cuh"
+#include "plan.h"
 
 namespace lminf::cuda {
 
@@ -11,11 +12,5 @@ void lambda_attn_sm80_bf16(AttnSources sources, Stream stream);
 void lambda_attn_sm80_fp16(AttnSources sources, Stream stream);
 
 void lambda_attn_plain(AttnSources sources, Stream stream);
-
-// Tiles of `tile_rows` queries of one batch entry and head.
-inline int64_t query_tiles(const LambdaAttnParams& p, int tile_rows) {
-  return p.cu_seqlens == nullptr ? ceil_div(p.seqlen_q, tile_rows)
-                                 : p.seqlen_q / tile_rows + p.n_sequences;
-}
 
 }  // namespace lminf::cuda

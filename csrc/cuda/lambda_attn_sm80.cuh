@@ -12,39 +12,17 @@
 // stages of shared memory: while a tile is worked on, the next one is under way, and one barrier a
 // tile both publishes the new tile and retires the old. A warp owns whole rows, so the softmax
 // needs no shared memory. Scores live in base 2 with the scale folded into the exponent's fma.
+// A hidden value that is not finite spoils a row of an edge tile (0 * inf): such a row is worked
+// out again at the end (exact_row.cuh).
 #pragma once
 
 #include "attend.cuh"
+#include "exact_row.cuh"
 #include "lambda_attn.h"
 
 namespace lminf::cuda {
 
 constexpr int kGlobalN = 16;  // keys of a far or near tile: n_global is 4 to 16 in practice
-constexpr int kStages = 2;
-
-// Tile sizes. Wanted: 32 rows a warp, so that a key fragment read from shared memory feeds two mma
-// (shared memory keeps up with the tensor cores at a half of its rate); no spill at 255 registers,
-// of which accumulators take kBlockM / kWarps * (D + kBlockN) / 32; two blocks an SM of sm_90, one
-// of every sm_8x, whose smallest shared memory is 99 KiB.
-//   D     M    N   accumulators  shared memory
-//   64   128   64      128          48 KiB
-//   80   128   64      144          60 KiB
-//   96   128   64      160          72 KiB
-//   128  128   48      176          80 KiB   (64 spills; 48 also leaves room for two on sm_80)
-//   256   64   32      144          96 KiB
-template <int kHeadDim>
-struct TileSizes {
-  static constexpr int kBlockM = 128, kBlockN = 64;
-};
-template <>
-struct TileSizes<128> {
-  static constexpr int kBlockM = 128, kBlockN = 48;
-};
-template <>
-struct TileSizes<256> {
-  static constexpr int kBlockM = 64, kBlockN = 32;
-};
-
 // What every thread of a block needs to know now and then, in shared memory: registers are scarce.
 template <typename T>
 struct BlockPlan {
@@ -56,23 +34,26 @@ template <typename T, int kHeadDim_>
 struct AttnTraits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlockM = TileSizes<kHeadDim>::kBlockM;
-  static constexpr int kBlockN = TileSizes<kHeadDim>::kBlockN;
-  static constexpr int kWarps = 4;
+  static constexpr TileSizes kTiles = sm80_tiles(kHeadDim);
+  static constexpr int kBlockM = kTiles.block_m;
+  static constexpr int kBlockN = kTiles.block_n;
+  static constexpr int kWarps = kSm80Warps;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kWarpRows = kBlockM / kWarps;
   static constexpr int kRowTiles = kWarpRows / 16;  // mma tiles of a warp's rows
   using QTile = SharedTile<T, kBlockM, kHeadDim>;
   using KeyTile = SharedTile<T, kBlockN, kHeadDim>;
-  static constexpr int kPlanBytes = 640;
-  static constexpr int kSharedBytes = QTile::kBytes + 2 * kStages * KeyTile::kBytes + kPlanBytes;
-  static_assert(sizeof(BlockPlan<T>) <= kPlanBytes, "the plan fits");
+  static constexpr int kPlanStart = QTile::kBytes + 2 * kSm80Stages * KeyTile::kBytes;
+  static constexpr int kSharedBytes = sm80_shared_bytes(kTiles);
+  static_assert(kTiles.head_dim == kHeadDim, "a kernel of its own");
+  static_assert(kPlanStart + sizeof(BlockPlan<T>) <= kSharedBytes, "the plan fits");
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
 };
 
 // The rows of a tile of queries against a tile of keys.
 struct QueryRows {
   const ScoreParams& params;
+  const int64_t& head;
   float slope;
   const Branch& branch;
   int64_t first_query;   // position of the warp's first row
@@ -85,7 +66,8 @@ struct QueryRows {
     const float corner = static_cast<float>(first_query - key_position);
     return scoring().score<false>(
         product, slope,
-        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)));
+        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
+        distance_bias_at(params, head, first_query - key_position, row - column));
   }
   LMINF_DEVICE ColumnRange columns(int row) const {
     return visible_columns(branch, first_query + row, key_position, keys);
@@ -114,7 +96,7 @@ LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, i
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
-    lambda_attn_sm80_kernel(const AttnSources sources) {
+    lambda_attn_sm80_kernel(const __grid_constant__ AttnSources sources) {
   using T = typename Traits::Element;
   using QTile = typename Traits::QTile;
   using KeyTile = typename Traits::KeyTile;
@@ -128,13 +110,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // --- Shared memory: Q, then K and V of each stage, then the plan ---
   const QTile q_tile(0);
   auto k_stage = [](int visit) {
-    return KeyTile(QTile::kBytes + visit % kStages * 2 * KeyTile::kBytes);
+    return KeyTile(QTile::kBytes + visit % kSm80Stages * 2 * KeyTile::kBytes);
   };
   auto v_stage = [](int visit) {
-    return KeyTile(QTile::kBytes + (visit % kStages * 2 + 1) * KeyTile::kBytes);
+    return KeyTile(QTile::kBytes + (visit % kSm80Stages * 2 + 1) * KeyTile::kBytes);
   };
-  const SharedArray<BlockPlan<T>> block(
-      shared_memory() + QTile::kBytes + 2 * kStages * KeyTile::kBytes, 1);
+  const SharedArray<BlockPlan<T>> block(shared_memory() + Traits::kPlanStart, 1);
 
   // --- Which tiles of which branch ---
   if (thread < kBranches) {
@@ -203,8 +184,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const BranchPlan<T>& plan = branch_of(visit);
     const int64_t index = tile_of(visit);
     const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
-    const QueryRows rows{
-        p.score, slope, plan.branch, first_query, plan.origin + index * keys, p.max_distance, keys};
+    const QueryRows rows{p.score,     block[0].tile.head,         slope,          plan.branch,
+                         first_query, plan.origin + index * keys, p.max_distance, keys};
     const bool full = plan.tiles.full(index);
     if (visit < near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);
@@ -220,9 +201,12 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const bool has_sink = p.score.sink_logits != nullptr;
   const float sink = has_sink ? load_global(p.score.sink_logits + tile.head) : 0.0f;
   __syncwarp();  // the last reads of Q
+  bool spoilt[State::kRows];
 #pragma unroll
   for (int r = 0; r < State::kRows; ++r) {
-    const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
+    const SoftmaxState total = state.row(r);
+    const SoftmaxEnd end = finish(total, has_sink, sink);
+    float zero = 0.0f;  // until something is not finite
     const int row = warp_row + State::row_index(r, lane);
     if (lane % 4 == 0 && row < tile.rows) {
       store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
@@ -233,7 +217,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
       const float* pair = &state.out[r / 2][n][2 * (r % 2)];
       q_tile.pair(row, 8 * n + 2 * (lane % 4)) =
           pack<T>(pair[0] * end.out_scale, pair[1] * end.out_scale);
+      zero = fmaf(pair[0], 0.0f, fmaf(pair[1], 0.0f, zero));
     }
+    spoilt[r] = zero != 0.0f && total.sum == total.sum;
   }
   __syncwarp();
   T* out = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
@@ -243,6 +229,16 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if (row < tile.rows && chunk * QTile::kChunk < head_dim) {
       store_global(reinterpret_cast<Chunk*>(out + row * p.out_stride.seq + chunk * QTile::kChunk),
                    q_tile.chunk(row, chunk));
+    }
+  }
+
+  // --- Rows that a hidden value has spoilt ---
+  const uint32_t rows = spoilt_rows<State>(spoilt);
+  if (rows == 0) return;
+  __syncwarp();  // the stores above
+  for (int row = 0; row < Traits::kWarpRows; ++row) {
+    if ((rows >> row & 1) != 0 && warp_row + row < tile.rows) {
+      attend_exactly<T>(sources, blockIdx.x, Traits::kBlockM, warp_row + row);
     }
   }
 }
@@ -257,17 +253,22 @@ void run_lambda_attn_sm80(AttnSources sources, Stream stream) {
          stream, sources);
 }
 
-// A head dim without a kernel of its own runs in the next larger one, its missing columns zero.
 template <typename T>
 void run_lambda_attn_sm80(const AttnSources& sources, Stream stream) {
-  const int64_t d = sources.p.head_dim;
-  if (d <= 64) return run_lambda_attn_sm80<T, 64>(sources, stream);
-  if (d <= 80) return run_lambda_attn_sm80<T, 80>(sources, stream);
-  if (d <= 96) return run_lambda_attn_sm80<T, 96>(sources, stream);
-  if (d <= 128) return run_lambda_attn_sm80<T, 128>(sources, stream);
-  if (d <= 256) return run_lambda_attn_sm80<T, 256>(sources, stream);
-  throw std::invalid_argument("lambda_attn: head dim " + std::to_string(d) +
-                              " on CUDA, but at most 256 is built");
+  switch (sm80_tiles(sources.p.head_dim).head_dim) {
+    case 64:
+      return run_lambda_attn_sm80<T, 64>(sources, stream);
+    case 80:
+      return run_lambda_attn_sm80<T, 80>(sources, stream);
+    case 96:
+      return run_lambda_attn_sm80<T, 96>(sources, stream);
+    case 128:
+      return run_lambda_attn_sm80<T, 128>(sources, stream);
+    case 256:
+      return run_lambda_attn_sm80<T, 256>(sources, stream);
+  }
+  throw std::invalid_argument("lambda_attn: head dim " + std::to_string(sources.p.head_dim) +
+                              " on tensor cores, but at most 256 is built");
 }
 
 }  // namespace lminf::cuda

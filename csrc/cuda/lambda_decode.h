@@ -10,17 +10,14 @@
 #include "../core/lambda_mask.h"
 #include "../core/online_softmax.h"
 #include "device.cuh"
-#include "launchers.h"
+#include "plan.h"
 
 namespace lminf::cuda {
-
-constexpr int kDecodeRows = 16;      // query heads of one key head in one tile
-constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 
 struct DecodeLaunch {
   LambdaDecodeParams p;
   int64_t splits = 1;
-  int64_t head_tiles = 1;                 // tiles of kDecodeRows query heads per key head
+  int64_t head_tiles = 1;                 // tiles of query heads per key head
   float* partial_out = nullptr;           // [B, Hq, splits, D] not yet divided by the sum
   SoftmaxState* partial_state = nullptr;  // [B, Hq, splits]
 };

@@ -15,33 +15,34 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kStages = 2;
-
 // Accumulators take head dim / 2 registers; shared memory is 69 KiB at 128, three blocks an SM of
 // sm_90.
 template <typename T, int kHeadDim_>
 struct DecodeTraits {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = kHeadDim <= 128 ? 4 : 2;
+  static constexpr int kWarps = decode_sm80_warps(kHeadDim);
   static constexpr int kThreads = kWarps * kWarpSize;
   using QTile = SharedTile<T, kDecodeRows, kHeadDim>;
   using NewTile = SharedTile<T, 2, kHeadDim>;  // the new token's key and value
   using KeyTile = SharedTile<T, kDecodeTileKeys, kHeadDim>;
   static constexpr int kNewStart = QTile::kBytes;
   static constexpr int kStageStart = kNewStart + NewTile::kBytes;
-  static constexpr int kWarpBytes = kStages * 2 * KeyTile::kBytes;
+  static constexpr int kWarpBytes = decode_sm80_warp_bytes(kHeadDim);
   static constexpr int kMergeStart = kStageStart + kWarps * kWarpBytes;
   static constexpr int kMergeBytes = kWarps * kDecodeRows * static_cast<int>(sizeof(SoftmaxState));
-  static constexpr int kSharedBytes = kMergeStart + kMergeBytes;
+  static constexpr int kSharedBytes = decode_sm80_shared_bytes(kHeadDim);
+  static_assert(kMergeStart + kMergeBytes == kSharedBytes, "as planned");
   // A warp's result takes the place of its stages.
   static_assert(kDecodeRows * kHeadDim * 4 <= kWarpBytes, "room for the warp's float32 result");
 };
 
 // The query heads of a tile, all at one position, against a tile of keys.
 struct DecodeRows {
+  const ScoreParams& params;
   Scoring shared_scoring;
   float slopes[2];   // of this lane's rows
+  int64_t heads[2];  // and their heads
   int64_t distance;  // to the tile's first key
   int64_t max_distance;
   int keys;
@@ -51,7 +52,8 @@ struct DecodeRows {
     return shared_scoring.score<false>(
         product, slopes[r],
         clamped_distance_in_tile(static_cast<float>(distance), 0, column,
-                                 static_cast<float>(max_distance)));
+                                 static_cast<float>(max_distance)),
+        distance_bias_at(params, heads[r], distance, -column));
   }
   LMINF_DEVICE ColumnRange columns(int) const { return {0, keys}; }
 };
@@ -105,10 +107,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const NewTile new_tile(Traits::kNewStart);
   const int warp_start = Traits::kStageStart + warp * Traits::kWarpBytes;
   auto k_stage = [&](int64_t i) {
-    return KeyTile(warp_start + static_cast<int>(i % kStages) * 2 * KeyTile::kBytes);
+    return KeyTile(warp_start + static_cast<int>(i % kDecodeStages) * 2 * KeyTile::kBytes);
   };
   auto v_stage = [&](int64_t i) {
-    return KeyTile(warp_start + (static_cast<int>(i % kStages) * 2 + 1) * KeyTile::kBytes);
+    return KeyTile(warp_start + (static_cast<int>(i % kDecodeStages) * 2 + 1) * KeyTile::kBytes);
   };
 
   // --- The first keys are under way before anything else ---
@@ -175,10 +177,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // --- This warp's tiles, the next one always under way ---
   WarpState<Traits::kHeadDim, 1> state;
   const Scoring scoring(p.score);
-  const int row_head = lane / 4;
-  const float slopes[2] = {
-      row_head < heads ? alibi_slope(p.score, first_head + row_head) : 0.0f,
-      row_head + 8 < heads ? alibi_slope(p.score, first_head + row_head + 8) : 0.0f};
+  // Of this lane's rows; a row without a head computes what the last one does, for nobody.
+  auto head_of = [&](int r) { return first_head + min64(lane / 4 + 8 * r, heads - 1); };
+  const float slopes[2] = {alibi_slope(p.score, head_of(0)), alibi_slope(p.score, head_of(1))};
   for (int64_t i = 0; i < rounds; ++i) {
     const DecodeTile tile = tile_at(i);
     __syncwarp();  // everybody has left the stage about to be filled
@@ -201,8 +202,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       __syncwarp();
     }
-    const DecodeRows rows{
-        scoring, {slopes[0], slopes[1]}, d.position - tile.first, p.max_distance, tile.keys};
+    const DecodeRows rows{p.score,
+                          scoring,
+                          {slopes[0], slopes[1]},
+                          {head_of(0), head_of(1)},
+                          d.position - tile.first,
+                          p.max_distance,
+                          tile.keys};
     attend<kDecodeTileKeys>(state, rows, tile.keys == kDecodeTileKeys, q_tile, 0, k_stage(i),
                             v_stage(i), lane);
   }
@@ -254,16 +260,17 @@ void run(const DecodeLaunch& l, Stream stream) {
       stream, l);
 }
 
-// A head dim in between runs in the next larger kernel; columns it lacks are neither read nor
-// written.
+// Columns that a head dim in between lacks are neither read nor written.
 template <typename T>
 void run(const DecodeLaunch& l, Stream stream) {
-  const int64_t d = l.p.head_dim;
-  if (d <= 64) return run<T, 64>(l, stream);
-  if (d <= 128) return run<T, 128>(l, stream);
-  if (d <= 256) return run<T, 256>(l, stream);
-  throw std::invalid_argument("lambda_decode: head dim " + std::to_string(d) +
-                              " on tensor cores, but at most 256 is built");
+  switch (decode_sm80_head_dim(l.p.head_dim)) {
+    case 64:
+      return run<T, 64>(l, stream);
+    case 128:
+      return run<T, 128>(l, stream);
+    default:
+      return run<T, 256>(l, stream);
+  }
 }
 
 }  // namespace

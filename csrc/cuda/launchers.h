@@ -6,34 +6,45 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "../plan.h"
 
 namespace lminf::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// What plans depend on.
+struct DeviceFacts {
+  int capability = 80;  // ten times the compute capability: 80, 86, 89, 90, 100, 120
+  int multiprocessors = 1;
+};
 // Of one device; asking for them takes no time and no synchronisation.
-int multiprocessors(int device);
+DeviceFacts device_facts(int device);
 
-// Which kernel a forward runs.
+// Which kernel runs.
 enum class AttnKernel : int32_t {
   kTensorCore,  // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes
-  kPlain,       // float32 arithmetic on ordinary cores: everything else with D up to 384
+  kPlain,       // float32 arithmetic on ordinary cores: everything else with D up to 2048
 };
 const char* name_of(AttnKernel kernel);
 
-AttnKernel lambda_attn_kernel(const LambdaAttnParams& params);
-AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params);
+AttnKernel lambda_attn_kernel(const LambdaAttnParams& params, int capability);
+AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params, int capability);
 
-// Bytes of device memory, aligned to 256, that the forward needs while it runs: keys rotated once.
-int64_t lambda_attn_workspace(const LambdaAttnParams& params);
-void lambda_attn(const LambdaAttnParams& params, void* workspace, Stream stream);
+// How a call is cut, and the device memory that it needs while it runs: keys rotated once, or the
+// partial results of splits. Neither these nor the kernel depend on what stands in device
+// memory, so that a captured launch stays right as positions grow. They throw what the launchers
+// throw; no device is asked.
+KernelPlan lambda_attn_plan(const LambdaAttnParams& params, const DeviceFacts& device);
+KernelPlan lambda_decode_plan(const LambdaDecodeParams& params, const DeviceFacts& device);
+KernelPlan middle_topk_plan(const MiddleTopkParams& params, const DeviceFacts& device);
 
-// The same for one decoding step: partial results of the splits. `multiprocessors` of the device
-// decide how many splits there are; the positions in device memory do not, so that a captured
-// launch stays right as they grow.
-int64_t lambda_decode_workspace(const LambdaDecodeParams& params, int multiprocessors);
-void lambda_decode(const LambdaDecodeParams& params, int multiprocessors, void* workspace,
+// `workspace` is aligned to 256 bytes and holds the plan's workspace_bytes.
+void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void* workspace,
+                 Stream stream);
+void lambda_decode(const LambdaDecodeParams& params, const DeviceFacts& device, void* workspace,
                    Stream stream);
+void middle_topk(const MiddleTopkParams& params, const DeviceFacts& device, void* workspace,
+                 Stream stream);
 
 void clamped_rope(const ClampedRopeParams& params, Stream stream);
 

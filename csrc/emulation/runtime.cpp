@@ -230,6 +230,7 @@ struct Launch {
 thread_local Launch* current = nullptr;
 thread_local std::deque<Thread> pool;
 uint64_t schedule_seed = 0;
+Device the_device;
 std::vector<Global> globals;
 
 Launch& here() {
@@ -329,6 +330,9 @@ void run_block(Launch& l, Index3 index) {
 }  // namespace
 
 void set_schedule_seed(uint64_t seed) { schedule_seed = seed; }
+
+Device device() { return the_device; }
+void set_device(Device device) { the_device = device; }
 
 void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, bool overlaps,
             const std::function<void()>& body) {

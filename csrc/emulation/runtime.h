@@ -43,6 +43,15 @@ class Fault : public std::runtime_error {
 // Order in which threads and blocks run: 0 in turn, anything else a shuffled order of that seed.
 void set_schedule_seed(uint64_t seed);
 
+// The device that launch plans are told of: sm_80 with few multiprocessors, so that decoding in the
+// tests is cut into several splits, but not into dozens.
+struct Device {
+  int capability = 80;
+  int multiprocessors = 4;
+};
+Device device();
+void set_device(Device device);
+
 // Runs `body` once per thread. Throws Fault. `overlaps`: the launch may start before the one before
 // it has ended, so some thread of each block must call grid_wait.
 void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, bool overlaps,

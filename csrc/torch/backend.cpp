@@ -15,6 +15,43 @@ cpu::Threads torch_threads() {
   return threads;
 }
 
+thread_local Planning* planning = nullptr;
+
+KernelPlan plan_of(const LambdaAttnParams& params, const cuda::DeviceFacts& device) {
+  return cuda::lambda_attn_plan(params, device);
+}
+
+KernelPlan plan_of(const LambdaDecodeParams& params, const cuda::DeviceFacts& device) {
+  return cuda::lambda_decode_plan(params, device);
+}
+
+KernelPlan cpu_plan_of(const LambdaAttnParams& params) {
+  return cpu::lambda_attn_plan(params, torch_threads().count);
+}
+
+KernelPlan cpu_plan_of(const LambdaDecodeParams&) {
+  KernelPlan plan;
+  plan.kernel = cpu::kernels().isa;
+  plan.threads = torch_threads().count;
+  return plan;
+}
+
+// Answers a Planning, if one lives on this thread.
+template <typename Params>
+bool planned(const Params& params, const Device& device) {
+  if (planning == nullptr) return false;
+  if (planning->device) {
+    planning->plan = plan_of(params, *planning->device);
+#if defined(LMINF_WITH_CUDA)
+  } else if (device.type() == torch::headeronly::DeviceType::CUDA) {
+    planning->plan = plan_of(params, cuda::device_facts(device.index()));
+#endif
+  } else {
+    planning->plan = cpu_plan_of(params);
+  }
+  return true;
+}
+
 // Runs `on_cpu` for a CPU device, the CUDA kernels for a CUDA device where there are any.
 template <typename Params>
 void dispatch(const Params& params, const Device& device,
@@ -29,11 +66,19 @@ void dispatch(const Params& params, const Device& device,
 
 }  // namespace
 
+Planning::Planning(std::optional<cuda::DeviceFacts> of_device) : device(of_device) {
+  planning = this;
+}
+
+Planning::~Planning() { planning = nullptr; }
+
 void run(const LambdaAttnParams& params, const Device& device) {
+  if (planned(params, device)) return;
   dispatch(params, device, cpu::kernels().lambda_attn);
 }
 
 void run(const LambdaDecodeParams& params, const Device& device) {
+  if (planned(params, device)) return;
   dispatch(params, device, cpu::kernels().lambda_decode);
 }
 
@@ -42,10 +87,7 @@ void run(const ClampedRopeParams& params, const Device& device) {
 }
 
 void run(const MiddleTopkParams& params, const Device& device) {
-  if (device.type() != torch::headeronly::DeviceType::CPU) {
-    throw std::logic_error("lminf: middle_topk has no kernel for this device");
-  }
-  cpu::kernels().middle_topk(params, torch_threads());
+  dispatch(params, device, cpu::kernels().middle_topk);
 }
 
 }  // namespace lminf::binding

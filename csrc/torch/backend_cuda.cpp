@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(lminf, CUDA, m) {
   m.impl("lambda_attn", TORCH_BOX(&lminf::binding::lambda_attn));
   m.impl("lambda_decode", TORCH_BOX(&lminf::binding::lambda_decode));
   m.impl("clamped_rope", TORCH_BOX(&lminf::binding::clamped_rope));
+  m.impl("middle_topk", TORCH_BOX(&lminf::binding::middle_topk));
 }
 
 namespace lminf::binding {
@@ -49,20 +50,28 @@ class CudaContext {
 
 void run_cuda(const LambdaAttnParams& params, const Device& device) {
   const CudaContext context(device);
-  Tensor workspace = context.workspace(cuda::lambda_attn_workspace(params));
-  cuda::lambda_attn(params, workspace.mutable_data_ptr(), context.stream());
+  const cuda::DeviceFacts facts = cuda::device_facts(device.index());
+  Tensor workspace = context.workspace(cuda::lambda_attn_plan(params, facts).workspace_bytes);
+  cuda::lambda_attn(params, facts, workspace.mutable_data_ptr(), context.stream());
 }
 
 void run_cuda(const LambdaDecodeParams& params, const Device& device) {
   const CudaContext context(device);
-  const int multiprocessors = cuda::multiprocessors(device.index());
-  Tensor workspace = context.workspace(cuda::lambda_decode_workspace(params, multiprocessors));
-  cuda::lambda_decode(params, multiprocessors, workspace.mutable_data_ptr(), context.stream());
+  const cuda::DeviceFacts facts = cuda::device_facts(device.index());
+  Tensor workspace = context.workspace(cuda::lambda_decode_plan(params, facts).workspace_bytes);
+  cuda::lambda_decode(params, facts, workspace.mutable_data_ptr(), context.stream());
 }
 
 void run_cuda(const ClampedRopeParams& params, const Device& device) {
   const CudaContext context(device);
   cuda::clamped_rope(params, context.stream());
+}
+
+void run_cuda(const MiddleTopkParams& params, const Device& device) {
+  const CudaContext context(device);
+  const cuda::DeviceFacts facts = cuda::device_facts(device.index());
+  Tensor workspace = context.workspace(cuda::middle_topk_plan(params, facts).workspace_bytes);
+  cuda::middle_topk(params, facts, workspace.mutable_data_ptr(), context.stream());
 }
 
 }  // namespace lminf::binding

@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "../cpu/kernels.h"
+#include "backend.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(lminf, CPU, m) {
@@ -26,9 +27,32 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
   }
 }
 
+// plan(call, capability, multiprocessors): what the attention op that `call` calls would run, as a
+// dict, or None where the op has nothing to do. With capability 0, on the tensors' own device.
+PyObject* plan(PyObject*, PyObject* args) {
+  PyObject* call;
+  lminf::cuda::DeviceFacts facts;
+  if (!PyArg_ParseTuple(args, "Oii", &call, &facts.capability, &facts.multiprocessors)) {
+    return nullptr;
+  }
+  std::optional<lminf::cuda::DeviceFacts> device;
+  if (facts.capability != 0) device = facts;
+  const lminf::binding::Planning planning(device);
+  PyObject* result = PyObject_CallNoArgs(call);
+  if (result == nullptr) return nullptr;
+  Py_DECREF(result);
+  if (!planning.plan) Py_RETURN_NONE;
+  const lminf::KernelPlan& p = *planning.plan;
+  return Py_BuildValue("{sssLsLsLsLsLsLsL}", "kernel", p.kernel, "block_m", (long long)p.block_m,
+                       "block_n", (long long)p.block_n, "splits", (long long)p.splits, "blocks",
+                       (long long)p.blocks, "threads", (long long)p.threads, "shared_bytes",
+                       (long long)p.shared_bytes, "workspace_bytes", (long long)p.workspace_bytes);
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS,
      "The instruction set that the CPU kernels use on this machine (see LMINF_CPU_ISA)."},
+    {"plan", plan, METH_VARARGS, "What the attention op that a function calls would run."},
     {nullptr, nullptr, 0, nullptr},
 };
 

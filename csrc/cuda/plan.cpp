@@ -1,0 +1,182 @@
+#include "plan.h"
+
+namespace lminf::cuda {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int64_t kAlignment = 256;
+// Blocks per multiprocessor that keep its memory pipes busy, and rounds that a block's four warps
+// should at least have between them, lest merging costs more than it wins.
+constexpr int64_t kBlocksPerMultiprocessor = 4;
+constexpr int64_t kLeastTiles = 8;
+
+int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+// Whether all rows start at a multiple of 16 bytes. A tensor of one row has none to step to.
+bool aligned(const void* data, const Strides& s, bool has_rows = true) {
+  return data == nullptr || (reinterpret_cast<uintptr_t>(data) % 16 == 0 && s.batch % 8 == 0 &&
+                             s.head % 8 == 0 && (!has_rows || s.seq % 8 == 0));
+}
+
+bool fits_tensor_cores(DType dtype, int64_t head_dim) {
+  return dtype != DType::kFloat32 && head_dim % 8 == 0 && head_dim <= kSm80MaxHeadDim;
+}
+
+void check_head_dim(const char* op, int64_t head_dim) {
+  if (head_dim > kMaxHeadDim) {
+    throw std::invalid_argument(std::string(op) + ": head dim is " + std::to_string(head_dim) +
+                                ", but on CUDA it must be at most " + std::to_string(kMaxHeadDim));
+  }
+}
+
+}  // namespace
+
+const char* name_of(AttnKernel kernel) {
+  switch (kernel) {
+    case AttnKernel::kTensorCore:
+      return "sm80";
+    case AttnKernel::kPlain:
+      return "plain";
+  }
+  return "unknown";
+}
+
+AttnKernel lambda_attn_kernel(const LambdaAttnParams& p, [[maybe_unused]] int capability) {
+  const bool tensor_core = fits_tensor_cores(p.dtype, p.head_dim) && aligned(p.q, p.q_stride) &&
+                           aligned(p.k, p.k_stride) && aligned(p.v, p.v_stride) &&
+                           aligned(p.global_k, p.global_k_stride) &&
+                           aligned(p.global_v, p.global_v_stride) && aligned(p.out, p.out_stride);
+  return tensor_core ? AttnKernel::kTensorCore : AttnKernel::kPlain;
+}
+
+AttnKernel lambda_decode_kernel(const LambdaDecodeParams& p, [[maybe_unused]] int capability) {
+  const bool tensor_core =
+      fits_tensor_cores(p.dtype, p.head_dim) && aligned(p.q, p.q_stride, false) &&
+      aligned(p.k, p.k_stride, false) && aligned(p.v, p.v_stride, false) &&
+      aligned(p.ring_k, p.ring_k_stride) && aligned(p.ring_v, p.ring_v_stride) &&
+      aligned(p.global_k, p.global_k_stride) && aligned(p.global_v, p.global_v_stride);
+  return tensor_core ? AttnKernel::kTensorCore : AttnKernel::kPlain;
+}
+
+AttnWorkspace attn_workspace(const LambdaAttnParams& p) {
+  AttnWorkspace w;
+  if (p.rope.rotary_dim == 0) return w;
+  auto add = [&](Region& region, int64_t batch, int64_t rows) {
+    region = {w.bytes, batch, rows};
+    w.bytes += aligned_up(batch * p.heads_kv * rows * p.head_dim * element_bytes(p.dtype));
+  };
+  add(w.window, p.batch, p.seqlen_k);
+  if (own_globals(p)) {
+    if (may_have_near(p)) add(w.near, p.batch, p.n_global);
+    if (may_have_far(p)) add(w.far, p.batch, p.n_global);
+  } else if (may_have_far(p)) {
+    const int64_t globals = min64(p.n_global, p.seqlen_k);
+    w.far_per_row = p.cu_seqlens != nullptr && p.n_sequences * globals > p.seqlen_k;
+    const int64_t worlds = p.cu_seqlens != nullptr && !w.far_per_row ? p.n_sequences : p.batch;
+    add(w.far, worlds, w.far_per_row ? p.seqlen_k : globals);
+  }
+  return w;
+}
+
+KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device) {
+  check_head_dim("lambda_attn", p.head_dim);
+  KernelPlan plan;
+  if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return plan;
+  const AttnKernel kernel = lambda_attn_kernel(p, device.capability);
+  TileSizes tiles = plain_tiles(p.head_dim);
+  switch (kernel) {
+    case AttnKernel::kTensorCore:
+      tiles = sm80_tiles(p.head_dim);
+      plan.threads = kSm80Warps * kWarpSize;
+      plan.shared_bytes = sm80_shared_bytes(tiles);
+      break;
+    case AttnKernel::kPlain:
+      plan.threads = kPlainWarps * kWarpSize;
+      plan.shared_bytes = PlainSharedSizes(tiles, static_cast<int>(p.head_dim)).bytes();
+      break;
+  }
+  plan.kernel = name_of(kernel);
+  plan.block_m = tiles.block_m;
+  plan.block_n = tiles.block_n;
+  plan.blocks = query_tiles(p, tiles.block_m) * p.heads_q * p.batch;
+  check_blocks("lambda_attn", plan.blocks);
+  plan.workspace_bytes = attn_workspace(p).bytes;
+  return plan;
+}
+
+DecodeShape decode_shape(const LambdaDecodeParams& p, int multiprocessors) {
+  DecodeShape shape;
+  shape.rows = decode_plain_rows(p.head_dim);
+  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, shape.rows);
+  const int64_t most_tiles = ceil_div(min64(p.window, p.capacity), kDecodeTileKeys) +
+                             ceil_div(p.n_global, kDecodeTileKeys);
+  const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
+  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / blocks;
+  shape.splits = max64(1, min64(wanted, most_tiles / kLeastTiles));
+  if (shape.splits > 1) {
+    constexpr int64_t kStateBytes = 8;
+    const int64_t parts = p.batch * p.heads_q * shape.splits;
+    shape.state_bytes = aligned_up(parts * kStateBytes);
+    shape.workspace_bytes = shape.state_bytes + parts * p.head_dim * 4;
+  }
+  return shape;
+}
+
+KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& device) {
+  check_head_dim("lambda_decode", p.head_dim);
+  KernelPlan plan;
+  if (p.batch == 0 || p.heads_q == 0) return plan;
+  const DecodeShape shape = decode_shape(p, device.multiprocessors);
+  const AttnKernel kernel = lambda_decode_kernel(p, device.capability);
+  const int head_dim = static_cast<int>(p.head_dim);
+  switch (kernel) {
+    case AttnKernel::kTensorCore: {
+      const int built = decode_sm80_head_dim(head_dim);
+      plan.threads = decode_sm80_warps(built) * kWarpSize;
+      plan.shared_bytes = decode_sm80_shared_bytes(built);
+      break;
+    }
+    case AttnKernel::kPlain:
+      plan.threads = decode_plain_warps(shape.rows) * kWarpSize;
+      plan.shared_bytes = DecodePlainSharedSizes(shape.rows, head_dim).bytes(head_dim);
+      break;
+  }
+  plan.kernel = name_of(kernel);
+  plan.block_m = shape.rows;
+  plan.block_n = kDecodeTileKeys;
+  plan.splits = shape.splits;
+  plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
+  check_blocks("lambda_decode", plan.blocks);
+  plan.workspace_bytes = shape.workspace_bytes;
+  return plan;
+}
+
+MiddleShape middle_shape(const MiddleTopkParams& p, int multiprocessors) {
+  check_head_dim("middle_topk", p.head_dim);
+  constexpr int64_t kLeastKeys = 1024;  // of a split
+  MiddleShape shape;
+  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, kMiddleHeads);
+  const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
+  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / blocks;
+  shape.splits = max64(1, min64(wanted, p.seqlen_k / kLeastKeys));
+  const int64_t entries = p.batch * p.heads_q * shape.splits * p.top_k;
+  shape.position_bytes = aligned_up(entries * 8);
+  shape.workspace_bytes = shape.position_bytes + entries * 4;
+  return shape;
+}
+
+KernelPlan middle_topk_plan(const MiddleTopkParams& p, const DeviceFacts& device) {
+  const MiddleShape shape = middle_shape(p, device.multiprocessors);
+  KernelPlan plan;
+  plan.kernel = name_of(AttnKernel::kPlain);
+  plan.block_m = kMiddleHeads;
+  plan.splits = shape.splits;
+  plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
+  check_blocks("middle_topk", plan.blocks);
+  plan.workspace_bytes = shape.workspace_bytes;
+  return plan;
+}
+
+}  // namespace lminf::cuda

@@ -1,0 +1,147 @@
+"""Which kernel serves a call: kernel_plan and decode_plan, with no GPU and nothing computed."""
+
+import pytest
+import torch
+from cases import LOW_PRECISION, frequencies, qkv, randn
+
+import lminf_cuda
+from lminf_cuda import KernelPlan, decode_plan, kernel_plan, ops
+
+
+def spread(shape, dtype=torch.bfloat16):
+    """A tensor of any size in the memory of one row."""
+    return torch.empty(shape[-1], dtype=dtype).expand(shape)
+
+
+def decode_arguments(batch=1, heads_q=8, heads_kv=2, head_dim=64, window=1000, dtype=torch.float32):
+    ring, few = (batch, heads_kv, 1024, head_dim), (batch, heads_kv, 16, head_dim)
+    one = (batch, heads_kv, 1, head_dim)
+    q, *rest = randn(0, (batch, heads_q, 1, head_dim), one, one, ring, ring, few, few, dtype=dtype)
+    return q, *rest, torch.full((batch,), 5000), window
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_which_kernel_serves_a_forward(dtype):
+    """16-bit elements in aligned rows run on tensor cores, everything else on ordinary ones."""
+
+    def kernel(*tensors):
+        return kernel_plan(*tensors, 2, 4, device_capability=80).kernel
+
+    assert kernel(*qkv(8, 8, dtype=dtype)) == "sm80"
+    assert kernel(*qkv(8, 8, dtype=dtype, head_dim=40)) == "sm80"
+    assert kernel(*qkv(8, 8)) == "plain"
+    assert kernel(*qkv(8, 8, dtype=dtype, head_dim=60)) == "plain"
+    assert kernel(*qkv(8, 8, dtype=dtype, head_dim=264)) == "plain"
+    wide = [torch.cat([x, x], -1) for x in qkv(8, 8, dtype=dtype)]
+    assert kernel(*(x[..., 8:72] for x in wide)) == "sm80"
+    assert kernel(*(x[..., 3:67] for x in wide)) == "plain"
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_which_kernel_serves_a_step(dtype):
+    def kernel(**changes):
+        return decode_plan(*decode_arguments(**changes), device_capability=80).kernel
+
+    assert kernel(dtype=dtype) == "sm80"
+    assert kernel() == "plain"
+    assert kernel(dtype=dtype, head_dim=60) == "plain"
+    assert kernel(dtype=dtype, head_dim=264) == "plain"
+
+
+def test_a_plan_in_full():
+    """Tiles of 128 queries and 48 keys (csrc/cuda/plan.h); the workspace holds the keys rotated by
+    position and the 16 global ones rotated by -max_distance."""
+    q, k, v = (spread((2, heads, 1000, 128)) for heads in (8, 4, 4))
+    plan = kernel_plan(q, k, v, 16, 200, inv_freq=frequencies(128), device_capability=80)
+    assert plan == KernelPlan(
+        kernel="sm80",
+        block_m=128,
+        block_n=48,
+        splits=1,
+        blocks=8 * 8 * 2,
+        threads=128,
+        shared_bytes=2 * 128 * (128 + 4 * 48) + 640,
+        workspace_bytes=2 * 4 * (1000 + 16) * 128 * 2,
+    )
+    assert kernel_plan(q, k, v, 16, 200, device_capability=(8, 0)).workspace_bytes == 0
+    assert kernel_plan(q, k, v, 16, 1000, device_capability=80, inv_freq=frequencies(128)) == (
+        KernelPlan(**{**vars(plan), "workspace_bytes": 2 * 4 * 1000 * 128 * 2})
+    )
+
+
+def test_splits_fill_the_device():
+    """Four blocks a multiprocessor, and at least eight tiles of 16 keys a split."""
+    arguments = decode_arguments(dtype=torch.bfloat16)
+
+    def splits(multiprocessors, arguments=arguments):
+        plan = decode_plan(*arguments, device_capability=80, multiprocessors=multiprocessors)
+        assert plan.blocks == arguments[0].shape[0] * 2 * plan.splits
+        assert (plan.workspace_bytes > 0) == (plan.splits > 1)
+        return plan.splits
+
+    assert splits(1) == 2
+    assert splits(2) == 4
+    assert splits(132) == 8
+    assert splits(4, decode_arguments(batch=8, dtype=torch.bfloat16)) == 1
+
+
+def test_planning_runs_nothing():
+    arguments = decode_arguments()
+    cache = [x.clone() for x in arguments[3:7]]
+    decode_plan(*arguments, device_capability=80)
+    decode_plan(*arguments)
+    for before, after in zip(cache, arguments[3:7], strict=True):
+        assert torch.equal(before, after)
+    q, k, v = qkv(300, 300)
+    kernel_plan(q, k, v, 2, 30)
+    out, _ = torch.ops.lminf.lambda_attn(q, k, v, 2, 30)  # and the next call runs again
+    expected = lminf_cuda.reference.lambda_attention(q, k, v, n_global=2, window=30)
+    torch.testing.assert_close(out, expected, rtol=0, atol=3e-6)
+
+
+def test_the_plan_on_a_cpu():
+    plan = kernel_plan(*qkv(300, 300), 2, 30)
+    assert plan.kernel == ops.cpu_isa()
+    assert plan.threads == torch.get_num_threads()
+    assert plan.blocks >= 1 and plan.block_m >= 1 and plan.workspace_bytes == 0
+    assert decode_plan(*decode_arguments()).kernel == ops.cpu_isa()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (1, 2, 0, 8)], ids=["no batch", "no queries"])
+def test_nothing_to_do(shape):
+    q, k = torch.zeros(shape), torch.zeros(shape[0], 2, 5, 8)
+    for capability in (None, 80):
+        assert kernel_plan(q, k, k, 1, 2, device_capability=capability).kernel == "none"
+
+
+def test_refusals():
+    q, k, v = qkv(8, 8)
+    with pytest.raises(ValueError, match="device_capability is 75, but must be at least 80"):
+        kernel_plan(q, k, v, 1, 2, device_capability=75)
+    with pytest.raises(ValueError, match="multiprocessors is 0"):
+        kernel_plan(q, k, v, 1, 2, device_capability=80, multiprocessors=0)
+    with pytest.raises(ValueError, match="window is 0"):
+        kernel_plan(q, k, v, 1, 0, device_capability=80)
+    with pytest.raises(TypeError):
+        kernel_plan(q, k, v, 1, device_capability=80, windows=3)
+
+
+def test_more_batch_entries_times_heads_than_a_grid_is_high():
+    """65,535 is the limit of a grid's second and third dimension, 2^31 - 1 that of the first."""
+    q, k, v = (spread((70_000, heads, 5, 64)) for heads in (4, 2, 2))
+    plan = kernel_plan(q, k, v, 1, 2, device_capability=80)
+    assert plan.blocks == 70_000 * 4
+
+
+def test_more_elements_than_an_int32_counts():
+    """Keys of 2^31 elements and more, in one head and over all heads."""
+    for shape in ((1, 1, (1 << 31) - 1, 64), (3, 8, 1 << 26, 128)):
+        k = spread(shape)
+        q = spread((*shape[:2], 10, shape[3]))
+        plan = kernel_plan(q, k, k, 4, 100, device_capability=80)
+        assert plan.kernel == "sm80" and plan.blocks == shape[0] * shape[1]
+    rows = spread((1 << 28, 8, 1, 1))
+    with pytest.raises(RuntimeError, match="needs 2147483648 blocks, a launch takes at most"):
+        kernel_plan(rows, rows, rows, 0, 1, device_capability=80)
+    with pytest.raises(ValueError, match="positions must stay below 2\\^31"):
+        kernel_plan(q, spread((3, 8, 1 << 31, 128)), spread((3, 8, 1 << 31, 128)), 4, 100)
