@@ -35,6 +35,11 @@ struct ScoreParams {
   float softcap = 0.0f;                 // 0: none
   const float* alibi_slopes = nullptr;  // [Hq] or null
   const float* sink_logits = nullptr;   // [Hq] or null
+  // [Hq, n_distances] or null: what is added at distance d is entry min(d, n_distances - 1), and
+  // -inf hides the keys there. n_distances is max_distance + 1, and more than `distance` in
+  // middle_topk.
+  const float* distance_bias = nullptr;
+  int64_t n_distances = 0;
 };
 
 // torch.ops.lminf.lambda_attn: prefill and any other multi-query forward.

@@ -8,7 +8,9 @@ Each layer keeps two buffers of fixed size (docs/design.md sections 1 and 2):
 - the first `n_global` tokens, whose keys are un-rotated, since the distance at which they are met
   is clamped and so changes from query to query.
 
-A model patched with `middle_top_k` keeps all keys and values besides (middle.py).
+A model patched with `middle_top_k` keeps all keys and values besides (middle.py). A layer that
+attends with the keys of an earlier one keeps none, and what is not attention keeps the state that
+transformers itself would keep, of fixed size as well.
 
 One new token goes through the op lambda_decode, which appends and attends in one step. Several new
 tokens go through lambda_attn over the ring's keys followed by the new ones, and are stored
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops as _ops  # registers torch.ops.lminf  # noqa: F401
@@ -43,7 +46,17 @@ SETTINGS_ATTRIBUTE = "_lminf_settings"
 
 ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 
+# What a model with other layers than attention keeps of them; old versions of transformers have no
+# such classes, and `recurrent_layers_are_known` says so.
+_LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
+_DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+
 _patch_ids = itertools.count()
+
+
+def recurrent_layers_are_known() -> bool:
+    """Whether the installed transformers has cache layers for what is not attention."""
+    return _LinearAttentionLayer is not object and _DummyLayer is not object
 
 
 @dataclass(eq=False)
@@ -58,6 +71,7 @@ class LayerSettings:
         slopes: ALiBi slopes, float32 [Hq], or None.
         middle_top_k: so many keys of the middle join the last query of a forward; 0 for none.
         middle_distance: at which they are met.
+        keys_of: the earlier layer whose keys and values this one attends with, or None for its own.
     """
 
     n_global: int
@@ -65,6 +79,7 @@ class LayerSettings:
     max_distance: int
     rope: Rope | None
     slopes: Tensor | None = None
+    keys_of: int | None = None
     middle_top_k: int = 0
     middle_distance: int = 0
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
@@ -97,8 +112,11 @@ class LambdaSettings:
 
     Attributes:
         n_global, window, max_distance: of the layers that do not slide by themselves.
-        layers: one entry per decoder layer.
+        layers: one entry per decoder layer, None for a layer without attention.
+        recurrent_states: of each layer the number of convolution or recurrent states that it keeps;
+            empty for a model that has none.
         middle_top_k, middle_from_layer, middle_distance: of the middle tokens (middle.py).
+        cross_attends: of an encoder-decoder, whose cross-attention has a cache of its own.
         patch_id: tells the caches of one patched model from those of another. A deep copy of the
             model or of a cache keeps it.
     """
@@ -106,10 +124,12 @@ class LambdaSettings:
     n_global: int
     window: int
     max_distance: int
-    layers: list[LayerSettings]
+    layers: list[LayerSettings | None]
     middle_top_k: int = 0
     middle_from_layer: int = 0
     middle_distance: int = 0
+    recurrent_states: list[int] = field(default_factory=list)
+    cross_attends: bool = False
     patch_id: int = field(default_factory=lambda: next(_patch_ids))
 
     def __str__(self) -> str:
@@ -170,15 +190,21 @@ class LambdaCacheLayer(CacheLayerMixin):
         global_k, global_v: [B, Hkv, G, D].
         middle: all keys and values, in a layer with middle tokens.
         keep_middle: "device" (of the layer) or "cpu".
+        is_shared: whether other layers attend with these keys, too.
     """
 
     is_sliding = False
     is_compileable = False
 
     def __init__(
-        self, settings: LayerSettings, progress: _Progress, keep_middle: str = "device"
+        self,
+        settings: LayerSettings,
+        progress: _Progress,
+        keep_middle: str = "device",
+        is_shared: bool = False,
     ) -> None:
         super().__init__()
+        self.is_shared = is_shared
         self.keep_middle = keep_middle
         self.middle: MiddleStore | None = None
         self.settings = settings
@@ -187,6 +213,8 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.ring_v: Tensor
         self.global_k: Tensor
         self.global_v: Tensor
+        # In a forward of several tokens: what the layers with the same keys attend to.
+        self.shown: tuple[Tensor, Tensor, dict[str, Any]] | None = None
 
     @property
     def capacity(self) -> int:
@@ -298,6 +326,8 @@ class LambdaCacheLayer(CacheLayerMixin):
     ) -> Tensor:
         """Attends from several new tokens of each row to the kept and the new ones, and keeps them.
 
+        In the same forward a later layer may come again with its own queries.
+
         Args:
             q: [B, Hq, S, D], un-rotated.
             k, v: [B, Hkv, S, D], un-rotated.
@@ -310,6 +340,12 @@ class LambdaCacheLayer(CacheLayerMixin):
         """
         settings, given = self.settings, options
         n_global, window = settings.n_global, settings.window
+        if self.shown is not None:
+            all_k, all_v, shared = self.shown
+            out, _ = torch.ops.lminf.lambda_attn.default(
+                q, all_k, all_v, n_global, window, **(options | shared)
+            )
+            return out
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         self._store_globals(k, v, first)
@@ -317,7 +353,7 @@ class LambdaCacheLayer(CacheLayerMixin):
             n_old = min(self.progress.seen, window - 1)
             old = first[:, None] + torch.arange(-n_old, 0, device=q.device)  # [B, n_old]
             old_k, old_v = (_pick(ring, old) for ring in (self.ring_k, self.ring_v))
-            options = options | {
+            shared = {
                 "k_rotated": n_old if settings.rope is not None else 0,
                 "k_start": first - n_old,
                 "global_k": self.global_k,
@@ -325,9 +361,13 @@ class LambdaCacheLayer(CacheLayerMixin):
             }
             all_k, all_v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         else:
-            options = options | {"k_start": first}
+            shared = {"k_start": first}
             all_k, all_v = k, v
-        out, lse = torch.ops.lminf.lambda_attn.default(q, all_k, all_v, n_global, window, **options)
+        out, lse = torch.ops.lminf.lambda_attn.default(
+            q, all_k, all_v, n_global, window, **(options | shared)
+        )
+        if self.is_shared:
+            self.shown = all_k, all_v, shared
         self._store_ring(k, v, first)
         return self._with_middle(q, k, v, first, out, lse, given)
 
@@ -414,6 +454,34 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.middle.select_rows(indices)
 
 
+class _RecurrentLayer(_LinearAttentionLayer):
+    """transformers' own states of a layer that is not attention, or not attention alone."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            super().lazy_initialization(*args, **kwargs)
+
+    def states(self) -> list[Tensor]:
+        """The tensors that the layer keeps; none before its first use."""
+        kept = [*self.conv_states.values(), *self.recurrent_states.values()]
+        return [state for state in kept if state is not None]
+
+
+class _HybridLayer(_RecurrentLayer, LambdaCacheLayer):
+    """The states of a layer that has attention and something recurrent side by side."""
+
+    is_compileable = False
+
+    def __init__(self, n_states: int, *args: Any) -> None:
+        LambdaCacheLayer.__init__(self, *args)
+        _LinearAttentionLayer.__init__(self, number_of_states=n_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        owner = LambdaCacheLayer if args else _RecurrentLayer  # which names what it initializes
+        owner.lazy_initialization(self, *args, **kwargs)
+
+
 class LambdaCache(Cache):
     """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
 
@@ -422,7 +490,8 @@ class LambdaCache(Cache):
     for 8 heads of 128 dims in bfloat16), in memory that doubles when it is full.
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
-    over several calls (multi-turn chat, chunks of a long text).
+    over several calls (multi-turn chat, chunks of a long text). An encoder-decoder takes it as the
+    first part of `EncoderDecoderCache(LambdaCache(model), DynamicCache())`.
 
     Args:
         model: a model patched by `patch_model`, whose settings the cache takes.
@@ -434,8 +503,6 @@ class LambdaCache(Cache):
         ValueError: `model` is not patched, batch_size < 1, or keep_middle is something else or
             given for a model without middle tokens.
     """
-
-    layers: list[LambdaCacheLayer]
 
     def __init__(
         self, model: Any, *, batch_size: int | None = None, keep_middle: str | None = None
@@ -456,16 +523,42 @@ class LambdaCache(Cache):
                 "leave it out, or patch with middle_top_k"
             )
         self._progress = _Progress()
+        self.settings: LambdaSettings = settings
         super().__init__(
             layers=[
-                LambdaCacheLayer(layer, self._progress, keep_middle or "device")
-                for layer in settings.layers
+                self._layer(index, keep_middle or "device") for index in range(len(settings.layers))
             ]
         )
-        self.settings: LambdaSettings = settings
         self._batch_size = batch_size
         self._unusable: str | None = None
         self.next_positions: Tensor | None = None  # int64 [B]: tokens of each row so far
+
+    def _layer(self, index: int, keep_middle: str) -> Any:
+        """The states of one layer, before its first use."""
+        settings, states = self.settings.layers[index], self.settings.recurrent_states
+        n_states = states[index] if states else 0
+        if settings is None:
+            return _RecurrentLayer(number_of_states=n_states) if n_states else _DummyLayer()
+        if settings.keys_of is not None:
+            return _DummyLayer()
+        is_shared = any(layer and layer.keys_of == index for layer in self.settings.layers)
+        arguments = (settings, self._progress, keep_middle, is_shared)
+        return _HybridLayer(n_states, *arguments) if n_states else LambdaCacheLayer(*arguments)
+
+    def attention_layers(self) -> list[LambdaCacheLayer]:
+        """Those layers that keep keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, LambdaCacheLayer)]
+
+    def _recurrent_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if isinstance(layer, _RecurrentLayer)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens seen, padding included."""
+        return self._progress.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(Number of keys, index of the first) as seen by a mask: all columns so far."""
+        return self._progress.seen + query_length, 0
 
     @property
     def batch_size(self) -> int:
@@ -480,18 +573,16 @@ class LambdaCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether the buffers are allocated."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(layer.is_initialized for layer in self.attention_layers())
 
     def memory_bytes(self) -> int:
         """Bytes of all buffers: 0 before the first forward, and constant from then on.
 
         Those of a model with middle tokens grow with the text.
         """
-        return sum(
-            buffer.numel() * buffer.element_size()
-            for layer in self.layers
-            for buffer in layer.buffers()
-        )
+        buffers = [buffer for layer in self.attention_layers() for buffer in layer.buffers()]
+        buffers += [state for layer in self._recurrent_layers() for state in layer.states()]
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
     def check(self, settings: LambdaSettings, batch_size: int) -> None:
         """Whether a patched model with `settings` can go on from here with `batch_size` rows.
@@ -537,19 +628,26 @@ class LambdaCache(Cache):
         else:
             self.next_positions.copy_(first + n_new)
         self._progress.seen += n_new
-        self._progress.in_forward = False
+        self._end_forward()
         self._unusable = None
 
     def close(self, reason: str) -> None:
         """Ends a forward that the cache cannot be continued from, until `reset()`."""
-        self._progress.in_forward = False
+        self._end_forward()
         self._unusable = reason
+
+    def _end_forward(self) -> None:
+        self._progress.in_forward = False
+        for layer in self.attention_layers():
+            layer.shown = None
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers."""
         self._progress.seen = 0
         self._progress.lost = 0
-        self._progress.in_forward = False
+        self._end_forward()
+        for layer in self._recurrent_layers():
+            layer.reset()
         self._unusable = None
         if self.next_positions is not None:
             self.next_positions.zero_()
@@ -561,23 +659,32 @@ class LambdaCache(Cache):
         many as assisted decoding drafts.
 
         Raises:
-            ValueError: tokens < 1.
+            ValueError: tokens < 1, or the model has recurrent layers.
         """
         if tokens < 1:
             raise ValueError(f"tokens is {tokens}; it must be at least 1")
+        if not self.is_croppable:
+            raise ValueError(
+                "the model has recurrent layers, whose state cannot be taken back; generate "
+                "without an assistant and without prompt_lookup_num_tokens, or keep a "
+                "copy.deepcopy of the cache to go back to"
+            )
         progress = self._progress
         if tokens <= progress.slack:
             return
         progress.forget()
         if self.next_positions is not None:
-            for layer in self.layers:
+            for layer in self.attention_layers():
                 layer.grow(tokens, self.next_positions)
         progress.slack = tokens
 
     @property
     def is_croppable(self) -> bool:
-        """True: `crop` takes back what `activate_past_recording` asked for."""
-        return True
+        """Whether `crop` takes back what `activate_past_recording` asked for.
+
+        It does in a model of attention alone: a recurrent state cannot be taken back.
+        """
+        return not self._recurrent_layers()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, unless the ring has overwritten what is then needed.
@@ -587,7 +694,8 @@ class LambdaCache(Cache):
                 is the length to shorten to, as older transformers pass it.
 
         Raises:
-            RuntimeError: a ring has dropped keys that the shorter text needs.
+            RuntimeError: a ring has dropped keys that the shorter text needs, or the model has
+                recurrent layers.
         """
         progress = self._progress
         seen = progress.seen
@@ -595,8 +703,14 @@ class LambdaCache(Cache):
         n_remove = min(n_remove, seen)
         if n_remove == 0:
             return
+        if not self.is_croppable:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) removes {n_remove} of {seen} tokens, but the model has "
+                "recurrent layers, whose state cannot be taken back; keep a copy.deepcopy of the "
+                "cache to go back to"
+            )
         progress.forget()
-        window = min(layer.settings.window for layer in self.layers)
+        window = min(layer.settings.window for layer in self.attention_layers())
         # The next query sees window - 1 earlier keys: a full ring has one to spare.
         if progress.lost > window and seen - n_remove + 1 < progress.lost:
             raise RuntimeError(
@@ -617,8 +731,11 @@ class LambdaCache(Cache):
         """Keeps the rows `indices`, int64 [rows] or bool [B]."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
-        for layer in self.layers:
+        for layer in self.attention_layers():
             layer.select_rows(indices)
+        for layer in self._recurrent_layers():
+            if layer.states():
+                _LinearAttentionLayer.reorder_cache(layer, indices)
         if self.next_positions is not None:
             self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
             self._batch_size = indices.numel()

@@ -4,8 +4,10 @@ Two kinds:
 
 - attention modules that ask transformers' AttentionInterface. Nothing of the model is replaced but
   its rotary modules; a line in FAMILIES says which rotation the layers use.
+  Layers that are not attention (recurrent and convolution layers, experts) stay as they are.
 - older ones that compute attention in their own forward (falcon, gptj, mpt, bloom). Their line
-  names a short forward of the attention module, which projects, attends and projects back.
+  names a short forward of the attention module, which projects, attends and projects back. So
+  does T5's, whose decoder adds a learned bias for every distance.
 
 Every family is compared with its unpatched model and with the definition, by
 python_tests/test_patches.py and python_tests/family_sweep.py, whose table over all causal LMs of
@@ -21,11 +23,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from .cache import recurrent_layers_are_known
 from .rope import Rope, is_rotary, snapshot_rope
 
-__all__ = ["FAMILIES", "Family", "find_decoder"]
+__all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "find_decoder"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Family:
 
     Attributes:
         layers: the decoder's attribute that holds its layers.
-        attention: a layer's attribute that holds its attention module.
+        attention: a layer's attribute that holds its attention module, or the path to it.
         interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
         backwards: rotates by minus the position.
         rotates_last: the last R dims of a head rotate instead of the first ones.
@@ -44,8 +48,10 @@ class Family:
         alibi_slopes: of an attention module: its slopes, float32 [Hq], or None.
         forward: stands for the attention module's forward where that does not ask the
             AttentionInterface.
+        cross_attends: an encoder-decoder, of which the decoder's self-attention alone is replaced.
         passes_kwargs: keywords given to the decoder reach the attention modules.
         needs_mask: the decoder's forward wants a padding mask that is a tensor.
+        is_recurrent: has layers besides attention that keep a state over the tokens.
         plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
             is patched.
     """
@@ -60,17 +66,48 @@ class Family:
     rope: Callable[[Any], Rope] | None = None
     alibi_slopes: Callable[[Any], Tensor | None] = lambda attention: None
     forward: Callable[..., Any] | None = None
+    cross_attends: bool = False
     passes_kwargs: bool = True
     needs_mask: bool = False
+    is_recurrent: bool = False
     plain_methods: tuple[str, ...] = ()
 
     def attention_modules(self, decoder: Any) -> list[Any]:
-        """The attention module of every layer of a decoder."""
-        return [getattr(layer, self.attention) for layer in getattr(decoder, self.layers)]
+        """The attention module of every layer of a decoder, None for a layer without attention."""
+        return [
+            None
+            if layer_type(decoder.config, index) in _WITHOUT_ATTENTION
+            else _descendant(layer, self.attention)
+            for index, layer in enumerate(getattr(decoder, self.layers))
+        ]
+
+    def recurrent_states(self, decoder: Any) -> list[int]:
+        """Of every layer the number of states that it keeps beside attention; or an empty list."""
+        if not self.is_recurrent:
+            return []
+        config = decoder.config
+        n_states = getattr(config, "number_of_conv_states", 1)
+        states = [
+            n_states if layer_type(config, index) in _RECURRENT else 0
+            for index in range(len(getattr(decoder, self.layers)))
+        ]
+        return states if any(states) else []
+
+    def keys_of(self, decoder: Any) -> list[int | None]:
+        """Of every layer the earlier one whose keys it attends with, None for its own."""
+        config, n_layers = decoder.config, len(getattr(decoder, self.layers))
+        modes = getattr(config, "kv_sharing_modes", None) or [None] * n_layers
+        storing = {
+            layer_type(config, index): index for index, mode in enumerate(modes) if mode == "store"
+        }
+        return [
+            storing[layer_type(config, index)] if mode == "reuse" else None
+            for index, mode in enumerate(modes)
+        ]
 
     def layer_rope(self, decoder: Any, index: int) -> Rope | None:
         """How layer `index` rotates its queries and keys; None if it does not."""
-        attention = getattr(getattr(decoder, self.layers)[index], self.attention)
+        attention = _descendant(getattr(decoder, self.layers)[index], self.attention)
         if not self.uses_rope(attention):
             return None
         if self.rope is not None:
@@ -88,13 +125,33 @@ class Family:
         layers = getattr(decoder, self.layers, None)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             return False
-        modules = [getattr(layer, self.attention, None) for layer in layers]
-        if not all(map(_is_transformers_attention, modules)):
+        if not hasattr(decoder, "config"):
+            return False
+        if self.cross_attends and not getattr(decoder, "is_decoder", False):
+            return False
+        with_attention = self.attention_modules(decoder)
+        modules = [module for module in with_attention if module is not None]
+        if len(modules) < len(with_attention) and not self.is_recurrent:
+            return False
+        if not modules or not all(map(_is_transformers_attention, modules)):
             return False
         if self.forward is not None:
             return True
         has_rotary = any(is_rotary(module) for module in decoder.modules())
-        return has_rotary and all(map(asks_interface, modules))
+        rotates = any(map(self.uses_rope, modules))
+        return (has_rotary or not rotates) and all(map(asks_interface, modules))
+
+
+# What a config calls layers that keep a state, and those among its layers that have no attention.
+_RECURRENT = ("linear_attention", "conv", "hybrid")
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
+
+
+def _descendant(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def layer_type(config: Any, index: int) -> str | None:
@@ -116,7 +173,8 @@ def asks_interface(module: Any) -> bool:
 
 
 # Forwards of attention modules that do not ask the AttentionInterface. `attend` is given by the
-# patch: (module, q [B, Hq, S, D], k, v [B, Hkv, S, D], cache, scale) -> [B, S, Hq * D].
+# patch: (module, q [B, Hq, S, D], k, v [B, Hkv, S, D], cache, scale, distance_bias=None) ->
+# [B, S, Hq * D].
 
 
 def _falcon_forward(
@@ -183,6 +241,40 @@ def _bloom_forward(
     return residual + module.dense(out), None
 
 
+def _t5_forward(
+    attend: Callable[..., Tensor],
+    module: Any,
+    hidden_states: Tensor,
+    *_: Any,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **__: Any,
+) -> tuple[Tensor | None, ...]:
+    """Of the decoder's self-attention. What goes from layer to layer as `position_bias` is the
+    table of biases by distance; umT5's layers have one each."""
+    heads = (*hidden_states.shape[:2], module.n_heads, module.key_value_proj_dim)
+    q, k, v = (
+        project(hidden_states).view(heads).transpose(1, 2)
+        for project in (module.q, module.k, module.v)
+    )
+    if position_bias is None:
+        position_bias = _t5_biases(module, module.lminf_layer.max_distance, q.device)
+    cache = None if past_key_values is None else past_key_values.self_attention_cache
+    out = module.o(attend(module, q, k, v, cache, 1.0, distance_bias=position_bias))
+    if "position_bias" not in inspect.signature(type(module).forward).parameters:
+        return out, None
+    return (out, position_bias, None) if asks_interface(module) else (out, position_bias)
+
+
+def _t5_biases(module: Any, max_distance: int, device: torch.device) -> Tensor:
+    """float32 [Hq, max_distance + 1]: what the layer adds for each distance from 0 on."""
+    if not module.has_relative_attention_bias:
+        return torch.zeros(module.n_heads, max_distance + 1, device=device)
+    # The last of so many tokens, whose distances fall to 0.
+    bias = module.compute_bias(1, max_distance + 1, device, past_seen_tokens=max_distance)
+    return bias[0, :, 0].flip(-1).float().contiguous()
+
+
 def _powers(heads: int, largest: int) -> Tensor:
     """2 ** (-largest * i / heads) for i = 1 .. heads, float32."""
     return (2.0 ** (-largest * torch.arange(1, heads + 1, dtype=torch.float64) / heads)).float()
@@ -239,7 +331,8 @@ def _has_theta(module: Any) -> bool:
 
 _PLAIN = (
     *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
-    *("gemma3_text", "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+    *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
+    *("gpt_oss", "granite", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
     *("ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
@@ -249,6 +342,10 @@ _PLAIN = (
 _INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
 _LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+
+_RECURRENT_PLAIN = (
+    *("bamba", "falcon_h1", "lfm2", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+)
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN, Family()),
@@ -300,12 +397,40 @@ FAMILIES: dict[str, Family] = {
         passes_kwargs=False,
         needs_mask=True,
     ),
+    "lfm2_moe": Family(rotary=lambda decoder, index: decoder.pos_emb, is_recurrent=True),
     "nanochat": Family(backwards=True),
     # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
     "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
+    **dict.fromkeys(_RECURRENT_PLAIN, Family(is_recurrent=True)),
+    "granitemoehybrid": Family(
+        uses_rope=lambda attention: attention.config.position_embedding_type == "rope",
+        is_recurrent=True,
+    ),
+    "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True),
+    "kimi_linear": Family(uses_rope=lambda attention: False, is_recurrent=True),
+    "nemotron_h": Family(attention="mixer", uses_rope=lambda attention: False, is_recurrent=True),
+    "olmo_hybrid": Family(
+        uses_rope=lambda attention: bool(
+            (attention.config.rope_parameters or {}).get("rope_theta")
+        ),
+        is_recurrent=True,
+    ),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
     **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
 }
+
+# Of these only the decoder's self-attention is replaced: the encoder is not causal.
+ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
+    ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"),
+    Family(
+        layers="block",
+        attention="layer.0.SelfAttention",
+        uses_rope=lambda attention: False,
+        forward=_t5_forward,
+        cross_attends=True,
+        passes_kwargs=False,
+    ),
+)
 
 
 def find_decoder(model: nn.Module) -> tuple[Any, Family]:
@@ -314,15 +439,21 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     Raises:
         ValueError: none, or more than one, of a supported type.
     """
-    supported = f"supported model types: {', '.join(sorted(FAMILIES))}"
+    families = FAMILIES | ENCODER_DECODERS
+    supported = f"supported model types: {', '.join(sorted(families))}"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise ValueError(
             f"model is a {type(model).__name__} without a transformers config; {supported}"
         )
-    if model_type not in FAMILIES:
+    if model_type not in families:
         raise ValueError(f"model type {model_type!r} is not supported; {supported}")
-    family = FAMILIES[model_type]
+    family = families[model_type]
+    if family.is_recurrent and not recurrent_layers_are_known():
+        raise ValueError(
+            f"model type {model_type!r} has recurrent layers, for whose states transformers "
+            f"{transformers.__version__} has no cache layers; use a newer transformers"
+        )
     decoders = [module for module in model.modules() if family.fits(module)]
     if len(decoders) != 1:
         raise ValueError(
@@ -334,6 +465,8 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False; Λ attention is causal: use a causal LM")
     known = {"full_attention", "sliding_attention"}
+    if family.is_recurrent:
+        known |= {*_RECURRENT, *_WITHOUT_ATTENTION}
     unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:
         raise ValueError(

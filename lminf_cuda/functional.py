@@ -41,6 +41,7 @@ def lambda_attention(
     global_v: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     k_rotated: int = 0,
+    distance_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Λ-shaped attention: each query sees the first n_global and the last window tokens.
@@ -73,6 +74,9 @@ def lambda_attention(
         global_v: their values.
         cu_seqlens: int32 [n + 1], the offsets of n sequences packed into one row: B = 1, Sq = Sk.
         k_rotated: so many leading keys of k are rotated at their own position (and scaled) already.
+        distance_bias: [Hq, max_distance + 1]; a head's entry at the clamped distance is added to
+            the score, after ALiBi and before softcap; -inf hides the keys at that distance. Any
+            floating dtype, converted to float32 (below -2e38 an entry may count as -inf).
         return_lse: return the log-sum-exp too.
 
     Returns:
@@ -94,6 +98,7 @@ def lambda_attention(
     _check_type((int, float, NoneType), scale=scale)
     _check_type((Tensor, NoneType), inv_freq=inv_freq, k_start=k_start, cu_seqlens=cu_seqlens)
     _check_type((Tensor, NoneType), alibi_slopes=alibi_slopes, sink_logits=sink_logits)
+    _check_type((Tensor, NoneType), distance_bias=distance_bias)
     _check_type((Tensor, NoneType), global_k=global_k, global_v=global_v)
     out, lse = torch.ops.lminf.lambda_attn(
         q,
@@ -114,5 +119,6 @@ def lambda_attention(
         global_v=global_v,
         cu_seqlens=cu_seqlens,
         k_rotated=k_rotated,
+        distance_bias=distance_bias,
     )
     return (out, lse) if return_lse else out

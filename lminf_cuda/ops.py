@@ -21,14 +21,15 @@ _SCHEMAS = (
     "int? max_distance=None, Tensor? inv_freq=None, float rope_scaling=1.0, "
     "bool rope_interleaved=False, Tensor? alibi_slopes=None, Tensor? sink_logits=None, "
     "float? scale=None, float softcap=0.0, Tensor? k_start=None, Tensor? global_k=None, "
-    "Tensor? global_v=None, Tensor? cu_seqlens=None, int k_rotated=0) -> (Tensor, Tensor)",
+    "Tensor? global_v=None, Tensor? cu_seqlens=None, int k_rotated=0, "
+    "Tensor? distance_bias=None) -> (Tensor, Tensor)",
     # q [B, Hq, 1, D], k and v [B, Hkv, 1, D], ring_k and ring_v [B, Hkv, C, D] with rotated keys,
     # global_k and global_v [B, Hkv, G, D] with un-rotated keys, positions int64 [B]
     "lambda_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) ring_k, Tensor(b!) ring_v, "
     "Tensor(c!) global_k, Tensor(d!) global_v, Tensor positions, int window, *, "
     "int? max_distance=None, Tensor? inv_freq=None, float rope_scaling=1.0, "
     "bool rope_interleaved=False, Tensor? alibi_slopes=None, Tensor? sink_logits=None, "
-    "float? scale=None, float softcap=0.0) -> (Tensor, Tensor)",
+    "float? scale=None, float softcap=0.0, Tensor? distance_bias=None) -> (Tensor, Tensor)",
     # x [B, H, S, D], position_ids int64 [S] or [B, S], inv_freq [R/2] -> like x
     "clamped_rope(Tensor x, Tensor position_ids, Tensor inv_freq, *, int? max_position=None, "
     "float scaling=1.0, bool interleaved=False) -> Tensor",
@@ -39,7 +40,7 @@ _SCHEMAS = (
     "Tensor positions, int n_global, int window, int top_k, int distance, *, "
     "Tensor? inv_freq=None, float rope_scaling=1.0, bool rope_interleaved=False, "
     "Tensor? alibi_slopes=None, Tensor? sink_logits=None, float? scale=None, float softcap=0.0, "
-    "Tensor? k_start=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor? k_start=None, Tensor? distance_bias=None) -> (Tensor, Tensor, Tensor)",
 )
 
 _NO_BACKWARD = (
@@ -143,6 +144,12 @@ def cpu_isa() -> str:
     build does not have.
     """
     return _C.cpu_isa()
+
+
+def cpu_scratch_bytes() -> int:
+    """The most scratch memory that a CPU kernel has held on one thread since the last call of this
+    function, in bytes; 0 if none has run."""
+    return _C.cpu_scratch_bytes()
 
 
 def backends() -> tuple[str, ...]:

@@ -30,12 +30,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
-from .decoding import OVERRIDES, check_cache
-from .families import FAMILIES, Family, find_decoder, layer_type
+from .decoding import OVERRIDES, lambda_cache, new_cache
+from .families import ENCODER_DECODERS, FAMILIES, Family, find_decoder, layer_type
 from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
 
-__all__ = ["FAMILIES", "Family", "patch_model", "unpatch_model"]
+__all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -136,7 +136,8 @@ def _attend(
                 k_start=first,
             )
     else:
-        cache_layer = state.cache.layers[module.layer_idx]  # type: ignore[index]
+        index = module.layer_idx if layer.keys_of is None else layer.keys_of
+        cache_layer = state.cache.layers[index]  # type: ignore[index]
         attend = cache_layer.decode if state.is_decode else cache_layer.extend
         out = attend(query, key, value, first, options)  # type: ignore[arg-type]
     return out[..., :value_dim].transpose(1, 2).contiguous()
@@ -183,7 +184,13 @@ def _attention(
 
 
 def _attend_in_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: Any, scale: float
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Any,
+    scale: float,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """What the forwards in families.py call: [B, S, Hq * D] of queries and keys as in `_attend`."""
     if module.training:
@@ -194,12 +201,64 @@ def _attend_in_forward(
     if cache is not None:
         key, value = cache.update(key, value, module.layer_idx)
     state: ForwardState | None = getattr(module, _STATE_ATTRIBUTE, None)
-    return _attend(module, query, key, value, state, {"scale": scale}).flatten(2)
+    options = {"scale": scale, "distance_bias": distance_bias}
+    return _attend(module, query, key, value, state, options).flatten(2)
 
 
-def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
-    """The AttentionMaskInterface function `lminf`: the padding mask [B, keys] as it came."""
-    return attention_mask
+_NO_LOOK_AHEAD = (
+    "this model lets tokens of an image see what follows them, which Λ attention does not; give it "
+    "text alone, or call unpatch_model(model) first"
+)
+
+
+def _mask(
+    *_: Any,
+    batch_size: int,
+    q_length: int,
+    q_offset: int = 0,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | None = None,
+    **__: Any,
+) -> Tensor | None:
+    """The AttentionMaskInterface function `lminf`: the padding mask as bool [B, 1, 1, keys].
+
+    Raises:
+        ValueError: `mask_function` lets a token see the next one, as those of an image do in some
+            models.
+    """
+    if not allow_is_causal_skip:  # so that something else than causality may be in it
+        rows = torch.arange(batch_size, device=device)[:, None]
+        queries = torch.arange(q_offset, min(q_offset + q_length, kv_offset + kv_length - 1))
+        queries = queries.to(rows.device)[None]
+        seen = mask_function(rows, torch.zeros_like(rows), queries, queries + 1 - kv_offset)
+        sees_ahead = torch.as_tensor(seen).any()
+        if torch.compiler.is_compiling():
+            torch._assert_async(~sees_ahead, _NO_LOOK_AHEAD)
+        elif bool(sees_ahead):
+            raise ValueError(_NO_LOOK_AHEAD)
+    if attention_mask is None or attention_mask.ndim != 2:
+        return attention_mask
+    return (attention_mask != 0)[:, None, None]
+
+
+def _padding_mask(mask: Any) -> Any:
+    """The padding mask [B, columns] in what a model around the decoder made of it by `_mask`."""
+    if not isinstance(mask, dict) or not mask:
+        return mask
+    first = next(iter(mask.values()))
+    for other in mask.values():
+        if other is not first and not (
+            isinstance(first, Tensor) and isinstance(other, Tensor) and torch.equal(first, other)
+        ):
+            return mask
+    is_padding = isinstance(first, Tensor) and first.ndim == 4 and first.shape[1:3] == (1, 1)
+    if is_padding and first.dtype == torch.bool:
+        return first[:, 0, 0]
+    return first if first is None and len(mask) > 1 else mask
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -211,6 +270,14 @@ def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tenso
 
     `position_ids`, `real` and each of `allowed` are [B or 1, S]; without `real` all are tokens.
     """
+    if position_ids.ndim == 3 and bool((position_ids == position_ids[:1]).all()):
+        position_ids = position_ids[0]  # a text's, in models that place images in three dims
+    if position_ids.ndim == 3:
+        raise ValueError(
+            "position_ids has 3 dims that differ, so tokens of an image or a video stand at "
+            "positions of their own; a patched model counts tokens: give it text alone, or call "
+            "unpatch_model(model) first"
+        )
     if position_ids.ndim != 2:
         raise ValueError(
             f"position_ids has {position_ids.ndim} dims; a patched model takes [batch, tokens]"
@@ -275,11 +342,18 @@ def _may_read_values(inputs: Tensor) -> bool:
     return inputs.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+_NO_IDLE_ROW = (
+    "attention_mask masks the new token of a row, and this model has recurrent layers, whose "
+    "states take every token of a step; leave such rows out of the batch"
+)
+
+
 def _forward_state(
     cache: LambdaCache | None,
     inputs: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
+    is_recurrent: bool,
 ) -> ForwardState:
     """Checks one forward's mask and positions and says where its tokens stand.
 
@@ -291,6 +365,7 @@ def _forward_state(
         inputs: input_ids [B, S] or inputs_embeds [B, S, hidden].
         attention_mask: [B, all columns so far] or None.
         position_ids: [B or 1, S] or None.
+        is_recurrent: whether the model has recurrent layers, which cannot leave a token out.
     """
     batch_size, n_tokens = inputs.shape[:2]
     n_old, counts = (0, None) if cache is None else (cache.get_seq_length(), cache.next_positions)
@@ -313,6 +388,8 @@ def _forward_state(
     first = counts
     if n_tokens == 1 and n_old > 0 and not _may_read_values(inputs):
         if attention_mask is not None and counts is not None:
+            if is_recurrent:
+                torch._assert_async((attention_mask[:, -1] != 0).all(), _NO_IDLE_ROW)
             first = torch.where(attention_mask[:, -1].to(counts.device) != 0, counts, -1)
         return ForwardState(cache, first, n_tokens, is_decode=True, is_right_padded=False)
 
@@ -322,6 +399,8 @@ def _forward_state(
         mask = attention_mask != 0
         # Earlier columns were read when they were new.
         if not bool(mask[:, n_old:].all()):
+            if is_recurrent and n_tokens == 1:
+                raise ValueError(_NO_IDLE_ROW)
             mask = mask if counts is None else mask.to(counts.device)
             n_left, is_right_padded, real = _padding(mask, counts, n_old)
             first = -n_left if counts is None else counts - n_left
@@ -346,20 +425,27 @@ class _Patch:
         self.decoder = decoder
         self.settings = settings
         self.family = family
-        self.attention = family.attention_modules(decoder)
+        modules = family.attention_modules(decoder)
+        self.attention = [module for module in modules if module is not None]
         self.input_names = list(inspect.signature(decoder.forward).parameters)
         self.attn_implementation: str | None = decoder.config._attn_implementation
 
-        # A config may be shared with another model, which must not change.
+        # A config may be shared with another model, which must not change; one around the decoder's
+        # holds it.
         shared = decoder.config
-        config = copy.deepcopy(shared)
+        copies: dict[int, Any] = {}
         for module in model.modules():
-            if module.__dict__.get("config") is shared:
-                module.config = config
-        config._attn_implementation = ATTENTION_NAME
+            config: Any = module.__dict__.get("config")
+            around = vars(config).values() if config is not None else ()
+            if config is shared or any(value is shared for value in around):
+                module.config = copy.deepcopy(config, copies)
+        if not family.cross_attends:  # where the cross-attention goes on to ask for it
+            decoder.config._attn_implementation = ATTENTION_NAME
 
         self.overridden: list[tuple[nn.Module, str, Any]] = []  # with what the instance had
-        for module, layer_settings in zip(self.attention, settings.layers, strict=True):
+        for module, layer_settings in zip(modules, settings.layers, strict=True):
+            if module is None:
+                continue
             setattr(module, _LAYER_ATTRIBUTE, layer_settings)
             if family.forward is not None:
                 forward = functools.partial(family.forward, _attend_in_forward)
@@ -412,7 +498,7 @@ class _Patch:
         """Hook before the decoder's forward: checks, makes a cache, works out positions."""
         kwargs = dict(zip(self.input_names, args, strict=False)) | kwargs
         config = decoder.config
-        if config._attn_implementation != ATTENTION_NAME:
+        if config._attn_implementation != ATTENTION_NAME and not self.family.cross_attends:
             raise RuntimeError(
                 "attn_implementation of a patched model was set to "
                 f"{config._attn_implementation!r}; call unpatch_model(model) before changing it"
@@ -432,13 +518,17 @@ class _Patch:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             if getattr(config, "use_cache", False) if use_cache is None else use_cache:
-                cache = kwargs["past_key_values"] = LambdaCache(decoder)
-        else:
-            check_cache(cache)
+                cache = kwargs["past_key_values"] = new_cache(decoder)
         if cache is not None:
+            cache = lambda_cache(decoder, cache)
             cache.check(self.settings, inputs.shape[0])
+        kwargs["attention_mask"] = _padding_mask(kwargs.get("attention_mask"))
         state = _forward_state(
-            cache, inputs, kwargs.get("attention_mask"), kwargs.get("position_ids")
+            cache,
+            inputs,
+            kwargs["attention_mask"],
+            kwargs.get("position_ids"),
+            bool(self.settings.recurrent_states),
         )
         if cache is not None:
             assert state.first is not None
@@ -448,6 +538,9 @@ class _Patch:
         else:
             for module in self.attention:
                 setattr(module, _STATE_ATTRIBUTE, state)
+        if self.family.cross_attends:
+            # A finished mask is passed on as it is, and nobody reads it: none of n x n is built.
+            kwargs["attention_mask"] = inputs.new_ones((1, 1, 1, 1), dtype=torch.bool)
         if self.family.needs_mask and kwargs.get("attention_mask") is None:
             n_columns = inputs.shape[1] + (0 if cache is None else cache.get_seq_length())
             kwargs["attention_mask"] = inputs.new_ones(
@@ -492,9 +585,12 @@ def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
 
 
 def _own_windows(decoder: Any, family: Family) -> list[int | None]:
-    """For each layer the window over which it slides in the unpatched model, or None."""
-    n_layers = len(family.attention_modules(decoder))
-    return [_sliding_window(decoder.config, index) for index in range(n_layers)]
+    """For each attention layer the window over which it slides in the unpatched model, or None."""
+    return [
+        _sliding_window(decoder.config, index)
+        for index, module in enumerate(family.attention_modules(decoder))
+        if module is not None
+    ]
 
 
 def _resolve_lengths(
@@ -539,8 +635,14 @@ def _add_middle(settings: LambdaSettings) -> None:
     layers = [
         layer
         for layer in settings.layers[settings.middle_from_layer :]
-        if (layer.n_global, layer.window) == (settings.n_global, settings.window)
+        if layer is not None
+        and (layer.n_global, layer.window) == (settings.n_global, settings.window)
     ]
+    if any(layer is not None and layer.keys_of is not None for layer in settings.layers):
+        raise ValueError(
+            f"middle_top_k is {settings.middle_top_k}, but this model has layers that share their "
+            "keys, among which the middle is not searched; leave middle_top_k out"
+        )
     if not layers:
         raise ValueError(
             f"middle_from_layer is {settings.middle_from_layer}, but this model has "
@@ -554,17 +656,21 @@ def _add_middle(settings: LambdaSettings) -> None:
 
 def _resolve_layers(
     decoder: Any, family: Family, n_global: int, window: int, max_distance: int
-) -> list[LayerSettings]:
-    """Every layer's share of the settings."""
-    layers = []
-    modules = family.attention_modules(decoder)
-    for index, (module, own) in enumerate(zip(modules, _own_windows(decoder, family), strict=True)):
+) -> list[LayerSettings | None]:
+    """Every layer's share of the settings; None for a layer without attention."""
+    layers: list[LayerSettings | None] = []
+    sources = family.keys_of(decoder)
+    for index, module in enumerate(family.attention_modules(decoder)):
+        if module is None:
+            layers.append(None)
+            continue
         # A layer that slides was trained to see no further, and never saw the first from afar.
         lengths = (n_global, window, max_distance)
+        own = _sliding_window(decoder.config, index)
         if own is not None and own < window:
             lengths = (0, own, own)
-        rope = family.layer_rope(decoder, index)
-        layers.append(LayerSettings(*lengths, rope, family.alibi_slopes(module)))
+        rope, slopes = family.layer_rope(decoder, index), family.alibi_slopes(module)
+        layers.append(LayerSettings(*lengths, rope, slopes, sources[index]))
     return layers
 
 
@@ -585,7 +691,9 @@ def patch_model(
     a shorter window keeps its own attention. `model.config` becomes a copy of what it was.
 
     Args:
-        model: of one of the types in `FAMILIES`.
+        model: of one of the types in `FAMILIES`, or in `ENCODER_DECODERS` (T5), of which the
+            decoder's self-attention is replaced; the encoder, which is not causal, and the
+            cross-attention stay.
         n_global: tokens at the beginning that are seen from everywhere; at least 0.
         window: tokens, the query's own included, that are seen behind every query; at least 1. None
             is the training length, or the shorter window over which all layers slide.
@@ -611,7 +719,13 @@ def patch_model(
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
     if patch is None:
         layers = _resolve_layers(decoder, family, *lengths)
-        settings = LambdaSettings(*lengths, layers, *middle)
+        settings = LambdaSettings(
+            *lengths,
+            layers,
+            *middle,
+            family.recurrent_states(decoder),
+            cross_attends=family.cross_attends,
+        )
         _add_middle(settings)
         _Patch(model, decoder, family, settings)
         return model

@@ -56,13 +56,15 @@ def _rotate(
 
 @dataclass(frozen=True)
 class _Score:
-    """The score of a pair: s = scale * <R(min(d, L)) q, k> - slope * min(d, L), then softcap."""
+    """The score of a pair, d' = min(d, L): s = scale * <R(d') q, k> - slope * d' + bias[d'], then
+    softcap; -inf where bias[d'] is."""
 
     max_distance: int  # L
     inv_freq: Tensor | None
     rope_scaling: float
     rope_interleaved: bool
     alibi_slopes: Tensor | None
+    distance_bias: Tensor | None
     scale: float
     softcap: float
 
@@ -95,10 +97,16 @@ class _Score:
             k_at_zero = self.rotate(k, torch.zeros_like(k_pos))
             s = torch.where(distance < self.max_distance, s, q_at_limit @ k_at_zero.mT)
         s = s * self.scale
+        clamped = distance.clamp(max=self.max_distance)
         if self.alibi_slopes is not None:
-            clamped = distance.clamp(max=self.max_distance)
             s = s - (self.alibi_slopes.double()[:, None, None] * clamped).to(s.dtype)
-        return self.softcap * torch.tanh(s / self.softcap) if self.softcap > 0 else s
+        bias = torch.zeros_like(s)
+        if self.distance_bias is not None:
+            bias = self.distance_bias.double()[:, clamped[:, 0].clamp(min=0)].transpose(0, 1)
+            s = s + bias.to(s.dtype)
+        if self.softcap > 0:
+            s = self.softcap * torch.tanh(s / self.softcap)
+        return s.masked_fill(bias == -math.inf, -math.inf)
 
 
 def _attend(
@@ -106,13 +114,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the visible keys and the weighted sum of their values: out and lse.
 
+    A score of -inf hides its key, too.
+
     Args:
         s: scores, [B, Hq, Sq, Sk].
         visible: bool, [B, Sq, Sk].
         v: [B, Hkv, Sk, D].
         sink_logits: [Hq], one more term of the softmax's denominator, or None.
     """
-    visible = visible[:, None]
+    visible = visible[:, None] & (s != -math.inf)
     v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
     s = s.masked_fill(~visible, -math.inf)
     lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1)
@@ -151,6 +161,7 @@ def lambda_attention(
     global_v: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     k_rotated: int = 0,
+    distance_bias: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attends to the first `n_global` and the last `window` tokens, at clamped distance.
@@ -176,6 +187,8 @@ def lambda_attention(
         global_v: [B, Hkv, G, D], as global_k.
         cu_seqlens: int32 [n + 1], boundaries of sequences packed along S; B = 1 and Sq = Sk.
         k_rotated: so many leading keys of k already carry their own rotation and rope scaling.
+        distance_bias: [Hq, max_distance + 1]; entry min(d, max_distance) of a head is added to the
+            score after ALiBi and before softcap, and -inf hides the keys at that distance.
         return_lse: also return lse.
 
     Returns:
@@ -190,6 +203,7 @@ def lambda_attention(
         rope_scaling=rope_scaling,
         rope_interleaved=rope_interleaved,
         alibi_slopes=alibi_slopes,
+        distance_bias=distance_bias,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         softcap=softcap,
     )
@@ -264,6 +278,7 @@ def lambda_decode(
     sink_logits: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    distance_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Appends one token of each row to a cache of fixed size, in place, and attends from it.
 
@@ -292,6 +307,7 @@ def lambda_decode(
         rope_scaling=rope_scaling,
         rope_interleaved=rope_interleaved,
         alibi_slopes=alibi_slopes,
+        distance_bias=distance_bias,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         softcap=softcap,
     )
@@ -337,6 +353,7 @@ def middle_topk(
     scale: float | None = None,
     softcap: float = 0.0,
     k_start: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds middle tokens to the Λ attention of one query of each row (arXiv 2308.16137, sec. 4.2).
 
@@ -357,6 +374,7 @@ def middle_topk(
         distance: at which they are met; at least 0.
         sink_logits: [Hq], the term that `lambda_out` has in its denominator already.
         k_start: int64 [B], position of each row's first key; 0 by default.
+        distance_bias: [Hq, more than `distance`], of which entry `distance` is added to the score.
 
     Returns:
         out [B, Hq, 1, D] and lse [B, Hq, 1], as in lambda_attention, and the positions that joined,
@@ -369,6 +387,7 @@ def middle_topk(
         rope_scaling=rope_scaling,
         rope_interleaved=rope_interleaved,
         alibi_slopes=alibi_slopes,
+        distance_bias=distance_bias,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
         softcap=softcap,
     )

@@ -113,7 +113,8 @@ def training_length(config: Any) -> int:
     """The number of tokens that a model was trained on, as its config tells.
 
     That is `original_max_position_embeddings` where a scaled rotary embedding names one, else
-    `max_position_embeddings`.
+    `max_position_embeddings`, or the name that a family has for it (T5's `n_positions`, which only
+    some of its checkpoints have).
 
     Raises:
         ValueError: the config names neither.
@@ -127,6 +128,7 @@ def training_length(config: Any) -> int:
         getattr(config, "max_position_embeddings", None),
         getattr(config, "max_seq_len", None),
         getattr(config, "seq_length", None),
+        getattr(config, "n_positions", None),
     ):
         if length is not None:
             return int(length)
@@ -158,14 +160,14 @@ class IdentityRotary(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
     ) -> Any:
-        """What the original returns for position 0, unscaled, for hidden states x [B, S, hidden].
+        """What the original returns for position 0, unscaled, for states x [..., B, S, hidden].
 
         [B, S, any] each, in x's dtype where real.
         """
 
         def spread(part: Tensor) -> Tensor:
             part = part.to(x.device) if part.is_complex() else part.to(x)
-            return part.expand(x.shape[0], x.shape[1], -1)
+            return part.expand(*x.shape[-3:-1], -1)
 
         out = self._outputs[layer_type if layer_type in self._outputs else None]
         return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)

@@ -112,6 +112,8 @@ OPTION_NAMES = (
     "rope scaled",
     "rope float64",
     "alibi",
+    "distance bias",
+    "distance bias hides",
     "sink",
     "scale",
     "softcap",
@@ -119,7 +121,24 @@ OPTION_NAMES = (
 )
 
 
-def options(name: str, heads: int, head_dim: int) -> dict[str, Any]:
+def biases(heads: int, limit: int, seed: int = 5) -> Tensor:
+    """A table [heads, limit + 1] of distance_bias."""
+    return randn(seed, (heads, limit + 1))[0]
+
+
+def hiding_biases(heads: int, limit: int) -> Tensor:
+    """One in which every head hides some distances, the last of them all, and one hides its own."""
+    table = biases(heads, limit)
+    distance = torch.arange(limit + 1)
+    for head in range(heads):
+        table[head, (distance + head) % 3 == 1] = -INF
+    table[-1, :] = -INF
+    table[0, limit] = -INF
+    return table
+
+
+def options(name: str, heads: int, head_dim: int, limit: int | None = None) -> dict[str, Any]:
+    """`limit`: the max_distance of the call; without it "all" leaves distance_bias out."""
     full = head_dim // 2 * 2
     partial = max(2, head_dim // 4 * 2)
     sink = torch.linspace(-2, 3, heads)
@@ -144,6 +163,10 @@ def options(name: str, heads: int, head_dim: int) -> dict[str, Any]:
             "softcap": 4.0,
         },
     }
+    if limit is not None:
+        table["distance bias"] = {"distance_bias": biases(heads, limit)}
+        table["distance bias hides"] = {"distance_bias": hiding_biases(heads, limit)}
+        table["all"]["distance_bias"] = biases(heads, limit)
     return table[name]
 
 
@@ -156,7 +179,7 @@ def run_reference(
 ) -> tuple[Tensor, Tensor]:
     if widened:
         q, k, v = widen(q), widen(k), widen(v)
-        keep = ("inv_freq", "alibi_slopes", "sink_logits")
+        keep = ("inv_freq", "alibi_slopes", "sink_logits", "distance_bias")
         kwargs = {name: x if name in keep else widen(x) for name, x in kwargs.items()}
     result = reference.lambda_attention(q, k, v, **kwargs, return_lse=True)
     assert isinstance(result, tuple)

@@ -96,6 +96,20 @@ ATTN_CASES = [
     ({"alibi_slopes": zeros(HQ).int()}, "alibi_slopes has dtype int32, but must be float32"),
     ({"sink_logits": zeros(HKV)}, "sink_logits has shape [2], but must be [Hq] = [4]"),
     ({"sink_logits": zeros(HQ).long()}, "sink_logits has dtype int64, but must be float32"),
+    (
+        {"distance_bias": zeros(HQ, 4)},
+        "distance_bias has shape [4, 4], but must be [Hq, max_distance + 1] = [4, 5]",
+    ),
+    ({"distance_bias": zeros(HQ, 9), "max_distance": 7}, "[Hq, max_distance + 1] = [4, 8]"),
+    ({"distance_bias": zeros(HQ, 9), "max_distance": HUGE}, "distance_bias has shape [4, 9], but"),
+    ({"distance_bias": zeros(HKV, 5)}, "distance_bias has shape [2, 5], but must be [Hq, max_"),
+    ({"distance_bias": zeros(5)}, "distance_bias has shape [5], but must be [Hq, max_distance + 1"),
+    (
+        {"distance_bias": zeros(1).expand(HQ, 2**30 + 1), "max_distance": 2**30},
+        "distance_bias has 1073741825 distances, but may have at most 2^30",
+    ),
+    ({"distance_bias": zeros(HQ, 5).int()}, "distance_bias has dtype int32, but must be float32"),
+    ({"distance_bias": zeros(HQ, 5, device="meta")}, "the tensors are on cpu and meta"),
     # Positions
     ({"k_start": zeros(B).int()}, "k_start has dtype int32, but must be int64"),
     ({"k_start": zeros(B + 1).long()}, "k_start has shape [3], but must be [B] = [2]"),
@@ -156,6 +170,7 @@ def test_lambda_attn(change, text, way):
         ({"inv_freq": [1.0]}, "inv_freq is a list, but must be a torch.Tensor or None"),
         ({"k_start": 0}, "k_start is a int, but must be a torch.Tensor or None"),
         ({"sink_logits": 0.0}, "sink_logits is a float, but must be a torch.Tensor or None"),
+        ({"distance_bias": 0}, "distance_bias is a int, but must be a torch.Tensor or None"),
         ({"global_k": 0}, "global_k is a int, but must be a torch.Tensor or None"),
         ({"cu_seqlens": (0, 6)}, "cu_seqlens is a tuple, but must be a torch.Tensor or None"),
     ],
@@ -218,6 +233,7 @@ DECODE_CASES = [
     ({"softcap": -0.5}, "softcap is -0.5, but must be 0 (none) or a positive finite number"),
     ({"sink_logits": zeros(HQ + 1)}, "sink_logits has shape [5], but must be [Hq] = [4]"),
     ({"alibi_slopes": zeros(1)}, "alibi_slopes has shape [1], but must be [Hq] = [4]"),
+    ({"distance_bias": zeros(HQ, 6)}, "but must be [Hq, max_distance + 1] = [4, 5]"),
     (
         {"ring_k": zeros(B, HKV, D, C).mT},
         "ring_k has stride 6 in its last dimension, but the op writes to it in place",
@@ -258,6 +274,9 @@ def middle_arguments():
 
 
 MIDDLE_CASES = [
+    ({"distance_bias": zeros(HQ, 2)}, "but must have 4 rows, one a head, and more than distance"),
+    ({"distance_bias": zeros(HQ + 1, 9)}, "distance_bias has shape [5, 9], but must have 4 rows"),
+    ({"distance_bias": zeros(9)}, "distance_bias has shape [9], but must have 2 dimensions"),
     ({"q": zeros(B, HQ, 2, D)}, "q has shape [2, 4, 2, 8], but must be [B, Hq, 1, D]"),
     ({"k": zeros(B, HKV, D)}, "k has shape [2, 2, 8], but must have 4 dimensions"),
     ({"v": zeros(B, HKV, 19, D)}, "v has shape [2, 2, 19, 8], but must be the shape of k"),

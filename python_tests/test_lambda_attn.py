@@ -10,12 +10,14 @@ from cases import (
     NAN,
     OPTION_NAMES,
     TILE_EDGES,
+    biases,
     call,
     check_lambda_attn,
     options,
     poisoned,
     qkv,
     randn,
+    slopes,
 )
 from conftest import backend_params
 
@@ -78,9 +80,8 @@ def test_boundaries(backend, shape, dtype):
 @pytest.mark.parametrize("max_distance", [None, 60], ids=["clamp at window", "clamp at 60"])
 def test_options(backend, option, max_distance, dtype):
     q, k, v = qkv(150, 170, batch=2, heads_q=4, heads_kv=2, head_dim=32, dtype=dtype)
-    check_lambda_attn(
-        backend, q, k, v, n_global=5, window=37, max_distance=max_distance, **options(option, 4, 32)
-    )
+    score = options(option, 4, 32, max_distance or 37)
+    check_lambda_attn(backend, q, k, v, n_global=5, window=37, max_distance=max_distance, **score)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,11 +99,29 @@ def test_head_dims(backend, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [264, 384, 400, 511, 512, 513, 640, 1024, 2048])
+def test_large_head_dims(backend, head_dim, dtype):
+    q, k, v = qkv(9, 40, head_dim=head_dim, dtype=dtype)
+    for option in ("rope", "all"):
+        check_lambda_attn(
+            backend, q, k, v, n_global=3, window=12, max_distance=20, **options(option, 2, head_dim)
+        )
+
+
+@pytest.mark.parametrize("head_dim", range(1, 256, 6))
+def test_a_sweep_of_head_dims(backend, head_dim):
+    """Every rest of a division by 8 and 16, below and above each size that is compiled."""
+    q, k, v = qkv(5, 20, head_dim=head_dim, dtype=DTYPES[head_dim % 3])
+    option = "all" if head_dim > 1 else "alibi"
+    check_lambda_attn(backend, q, k, v, n_global=2, window=6, **options(option, 2, head_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1), (8, 1), (8, 2), (6, 2), (7, 1)], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 80])
 def test_head_groups(backend, heads, seqlen_q, dtype):
     q, k, v = qkv(seqlen_q, 80, batch=2, heads_q=heads[0], heads_kv=heads[1], dtype=dtype)
-    check_lambda_attn(backend, q, k, v, n_global=4, window=17, **options("all", heads[0], 64))
+    check_lambda_attn(backend, q, k, v, n_global=4, window=17, **options("all", heads[0], 64, 17))
 
 
 def layouts(dtype):
@@ -159,7 +178,7 @@ def test_padding_is_never_seen(backend, option, poison, dtype):
         v[b, :, :-start] = poison
         q[b, :, : max(0, -start - 30)] = poison
     out, lse = check_lambda_attn(
-        backend, q, k, v, n_global=6, window=23, k_start=k_start, **options(option, 2, 64)
+        backend, q, k, v, n_global=6, window=23, k_start=k_start, **options(option, 2, 64, 23)
     )
     assert (out[4] == 0).all() and (lse[4] == -INF).all()
     assert out.isfinite().all()
@@ -234,7 +253,7 @@ def test_dropped_keys(backend, option, offset, dtype):
             k_start=k_start,
             global_k=global_k,
             global_v=global_v,
-            **options(option, 4, 64),
+            **options(option, 4, 64, max_distance or window),
         )
 
 
@@ -265,7 +284,7 @@ def test_keys_that_are_rotated_already(backend, option, k_rotated, dtype):
     q, k, v = qkv(seqlen_q, seqlen_k, batch=2, dtype=dtype)
     global_k, global_v = randn(9, *[(2, 1, n_global, 64)] * 2, dtype=dtype)
     k_start = torch.tensor([3, 100_000])
-    score = options(option, 2, 64)
+    score = options(option, 2, 64, window)
     positions = k_start[:, None] + torch.arange(seqlen_k)
     turned = reference.clamped_rope(
         k.double(),
@@ -310,8 +329,75 @@ def test_packed_sequences(backend, lengths, option, dtype):
         window=20,
         max_distance=30,
         cu_seqlens=cu_seqlens,
-        **options(option, 4, 40),
+        **options(option, 4, 40, 30),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limit", [1, 5, 6, 31, 63, 64, 65, 126, 127, 128, 129, 200, 299, 300, 700])
+@pytest.mark.parametrize("option", ["distance bias", "distance bias hides"])
+def test_a_bias_for_every_distance(backend, option, limit, dtype):
+    """Tables of many lengths, read to their ends and no further: what lies around them is NaN."""
+    q, k, v = qkv(300, 300, heads_q=3, dtype=dtype)
+    table = options(option, 3, 64, limit)["distance_bias"]
+    room = torch.full((5, limit + 3), NAN)
+    room[1:4, 1:-1] = table
+    common = dict(n_global=70, window=min(limit, 64), max_distance=limit)
+    expected = check_lambda_attn(backend, q, k, v, distance_bias=room[1:4, 1:-1], **common)
+    got = check_lambda_attn(backend, q, k, v, distance_bias=table, **common)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("n_global", [0, 3, 40])
+def test_a_hidden_distance_is_never_seen(backend, n_global, poison, dtype):
+    """Whatever stands there, with a softcap and a sink, too; a row that hides all has out 0."""
+    q, k, v = qkv(100, 100, heads_q=4, heads_kv=2, dtype=dtype)
+    bad, hidden = 50, torch.tensor([True, False, True, False])
+    table = biases(4, 30)
+    table[hidden] = -INF
+    for x in (k, v):
+        x[:, :, bad] = poison
+    # The heads that see it: at distance 0 to 12, and from n_global > 40 on at the clamp.
+    table[~hidden, :13] = -INF
+    sees = (torch.arange(100) >= bad + 13) & (torch.arange(100) < bad + 20)
+    out, lse = call(
+        backend, "lambda_attn", q, k, v, n_global, 20, max_distance=30, distance_bias=table,
+        softcap=3.0, sink_logits=torch.ones(4),
+    )  # fmt: skip
+    assert (out[:, hidden] == 0).all() and (lse[:, hidden] == -INF).all()
+    assert out[:, ~hidden][:, :, ~sees].isfinite().all()
+    assert not out[:, ~hidden][:, :, sees].isfinite().any()
+    assert not lse[:, ~hidden][:, :, ~sees].isnan().any()
+
+
+def test_a_bias_beside_alibi_and_rope_adds_up(backend):
+    """A table that says what ALiBi says gives what ALiBi gives."""
+    q, k, v = qkv(90, 90, heads_q=4, heads_kv=2)
+    common = dict(options("rope", 4, 64), max_distance=33)
+    table = -slopes(4)[:, None] * torch.arange(34)
+    alibi = call(backend, "lambda_attn", q, k, v, 5, 20, alibi_slopes=slopes(4), **common)
+    same = call(backend, "lambda_attn", q, k, v, 5, 20, distance_bias=table, **common)
+    half = call(
+        backend, "lambda_attn", q, k, v, 5, 20,
+        alibi_slopes=slopes(4) / 2, distance_bias=table / 2, **common,
+    )  # fmt: skip
+    for result in (same, half):
+        torch.testing.assert_close(result, alibi, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30, 1e38])
+def test_biases_of_any_size(backend, size):
+    """One huge bias for all keys leaves the weights as they are, as far as float32 can tell."""
+    q, k, v = qkv(60, 60)
+    for sign in (-1, 1):
+        table = torch.full((2, 21), sign * size)
+        out, lse = call(backend, "lambda_attn", q, k, v, 4, 20, distance_bias=table, scale=0.0)
+        mean, _ = call(backend, "lambda_attn", q, k, v, 4, 20, scale=0.0)
+        torch.testing.assert_close(out, mean, rtol=0, atol=4e-6)
+        torch.testing.assert_close(lse, torch.full_like(lse, sign * size), rtol=1e-3, atol=0)
 
 
 def test_a_sink_is_in_out_and_not_in_lse(backend):
@@ -353,7 +439,7 @@ def test_no_rows(backend):
 def test_inputs_are_left_alone_and_calls_repeat(backend, dtype):
     q, k, v = qkv(150, 150, batch=2, heads_q=4, heads_kv=2, dtype=dtype)
     inputs = [x.clone() for x in (q, k, v)]
-    arguments = dict(options("all", 4, 64))
+    arguments = dict(options("all", 4, 64, 40))
     first = call(backend, "lambda_attn", q, k, v, 4, 40, **arguments)
     second = call(backend, "lambda_attn", q, k, v, 4, 40, **arguments)
     for before, after in zip(inputs, (q, k, v), strict=True):
@@ -369,7 +455,7 @@ def test_threads_change_nothing(backend, seqlen_q, dtype, threads):
     """The work may be cut otherwise, so sums may be taken in another order."""
     q, k, v = qkv(seqlen_q, 400, batch=2, heads_q=4, heads_kv=2, dtype=dtype)
     k_start = torch.tensor([0, -120])
-    score = dict(options("all", 4, 64), k_start=k_start)
+    score = dict(options("all", 4, 64, 300), k_start=k_start)
     one = call(backend, "lambda_attn", q, k, v, 20, 300, **score)
     many = call(backend, "lambda_attn", q, k, v, 20, 300, threads=threads, **score)
     tolerance = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
@@ -384,5 +470,6 @@ def test_small_tensors_of_any_float_dtype(backend, dtype):
         "inv_freq": options("rope", 2, 64)["inv_freq"].to(dtype),
         "alibi_slopes": torch.tensor([0.3, 0.1]).to(dtype),
         "sink_logits": torch.tensor([0.7, -1.1]).to(dtype),
+        "distance_bias": biases(2, 11).to(dtype).mT.contiguous().mT,
     }
     check_lambda_attn(backend, q, k, v, n_global=4, window=11, **score)

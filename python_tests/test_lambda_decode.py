@@ -11,6 +11,7 @@ from cases import (
     OPTION_NAMES,
     assert_low_precision_lse,
     assert_right,
+    biases,
     call,
     check_lambda_attn,
     options,
@@ -102,10 +103,12 @@ SEQUENCES = [
     (2, 1, 256, 6, 6, 2, 1 << 60, 20),
     (2, 1, 65, 40, 40, 4, None, 20),
 ]
+# Past the head dims that the tensor-core kernel and the plain one's usual tiles take.
+LARGE = [(2, 1, d, 3, 5, 2, 5, 8) for d in (264, 400, 512, 513, 1024, 2048)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sequence", SEQUENCES, ids=str)
+@pytest.mark.parametrize("sequence", SEQUENCES + LARGE, ids=str)
 @pytest.mark.parametrize("option", ["none", "rope", "all"])
 def test_token_by_token(backend, option, sequence, dtype):
     """Three rows: one from the start, one that joins late, one that pauses."""
@@ -113,7 +116,11 @@ def test_token_by_token(backend, option, sequence, dtype):
     if head_dim == 1 and option != "none":
         pytest.skip("one dim makes no pair")
     cache = Cache.empty(3, heads_kv, capacity, n_global, head_dim, dtype)
-    score = dict(options(option, heads_q, head_dim), max_distance=max_distance)
+    limit = max_distance or window
+    score = dict(
+        options(option, heads_q, head_dim, limit if limit < 1000 else None),
+        max_distance=max_distance,
+    )
     shapes = [(3, heads_q, steps, head_dim), *[(3, heads_kv, steps, head_dim)] * 2]
     q, k, v = randn(0, *shapes, dtype=dtype)
     paused = 0
@@ -138,7 +145,7 @@ def test_equals_one_forward(backend, option, dtype):
     """Decoding gives the rows of lambda_attn over the whole sequence."""
     window, n_global, steps = 9, 3, 40
     q, k, v = randn(1, (2, 4, steps, 32), *[(2, 2, steps, 32)] * 2, dtype=dtype)
-    score = dict(options(option, 4, 32), max_distance=14)
+    score = dict(options(option, 4, 32, 14), max_distance=14)
     expected, expected_lse = check_lambda_attn(
         backend, q, k, v, n_global=n_global, window=window, **score
     )
@@ -180,7 +187,8 @@ def test_far_out(backend, position, option, dtype):
         for behind in range(window, capacity):
             cache.ring_k[b, :, (p - behind) % capacity] = NAN
             cache.ring_v[b, :, (p - behind) % capacity] = INF
-    step(backend, q, k, v, cache, positions, window, max_distance=280, **options(option, 8, 64))
+    score = options(option, 8, 64, 280)
+    step(backend, q, k, v, cache, positions, window, max_distance=280, **score)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -206,6 +214,46 @@ def test_boundaries(backend, n_global, window, dtype):
         cache.global_k[b, :, :p] = global_k[b, :, :p]
         cache.global_v[b, :, :p] = global_v[b, :, :p]
     step(backend, q, k, v, cache, positions, window, **options("rope", 2, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limit", [1, 17, 63, 64, 65, 130, 200, 700])
+@pytest.mark.parametrize("option", ["distance bias", "distance bias hides"])
+def test_a_bias_for_every_distance(backend, option, limit, dtype):
+    """Tables of many lengths, at positions that no distance is clamped at, and far out."""
+    positions = torch.tensor([3, 199, 201, 5000])
+    window, n_global = min(limit, 150), 70
+    caches = randn(2, *[(4, 1, 160, 64)] * 2, *[(4, 1, n_global, 64)] * 2, dtype=dtype)
+    q, k, v = randn(3, (4, 3, 1, 64), *[(4, 1, 1, 64)] * 2, dtype=dtype)
+    score = dict(options(option, 3, 64, limit), max_distance=limit)
+    step(backend, q, k, v, Cache(*caches), positions, window, **score)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_a_hidden_distance_is_never_seen(backend, poison, head_dim, dtype):
+    """Head 0 hides a key that is poison, head 1 sees it, head 2 hides all keys."""
+    if backend != "cpu" and dtype != torch.float32:
+        pytest.skip("on tensor cores a weight of 0 times an infinite value is NaN")
+    window = 100
+    caches = randn(2, *[(2, 1, window, head_dim)] * 2, *[(2, 1, 4, head_dim)] * 2, dtype=dtype)
+    q, k, v = randn(3, (2, 3, 1, head_dim), *[(2, 1, 1, head_dim)] * 2, dtype=dtype)
+    clean = [x.clone() for x in caches]
+    table = biases(3, window)
+    table[0, [40, window]] = -INF
+    table[2] = -INF
+    for x in caches[:2]:
+        x[:, :, (1000 - 40) % window] = poison
+    for x in caches[2:]:
+        x[:, :, 1] = poison
+    arguments = (torch.tensor([1000, 1000]), window)
+    score = dict(distance_bias=table, softcap=4.0, sink_logits=torch.ones(3))
+    out, lse = call(backend, "lambda_decode", q, k, v, *caches, *arguments, **score)
+    expected, _ = call(backend, "lambda_decode", q, k, v, *clean, *arguments, **score)
+    torch.testing.assert_close(out[:, 0], expected[:, 0], rtol=0, atol=1e-2)
+    assert not out[:, 1].isfinite().any()
+    assert (out[:, 2] == 0).all() and (lse[:, 2] == -INF).all()
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
@@ -241,7 +289,7 @@ def test_threads_change_nothing(backend, dtype, threads):
     caches = randn(7, *[(1, 1, window, 64)] * 2, *[(1, 1, 16, 64)] * 2, dtype=dtype)
     q, k, v = randn(8, (1, 2, 1, 64), *[(1, 1, 1, 64)] * 2, dtype=dtype)
     position = torch.tensor([10_000])
-    score = options("all", 2, 64)
+    score = options("all", 2, 64, window)
     results = [
         call(
             backend,

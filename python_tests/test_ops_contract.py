@@ -49,6 +49,7 @@ def attn_samples():
     yield "expanded", (plain[0][:1].expand(3, -1, -1, -1), *qkv(3, 1, 2, 1, 12, 16)[1:], 2, 4), {}
     yield "overlapping", (windows_into_one_vector(), *qkv(1, 1, 1, 1, 6, 8)[1:], 2, 4), {}
     yield "scores", (*plain, 2, 4), {"alibi_slopes": heads, "sink_logits": heads, "softcap": 5.0}
+    yield "bias", (*plain, 2, 4), {"distance_bias": torch.rand(4, 9).bfloat16(), "max_distance": 8}
     yield "padding", (*plain, 2, 4), {"k_start": torch.tensor([-3, 0]), "scale": 0.3}
     moved = {"global_k": plain[1][:, :, :2], "global_v": plain[2][:, :, :2], "k_rotated": 3}
     yield "moved on", (*plain, 2, 4), {**moved, "inv_freq": f, "k_start": torch.tensor([5, 90])}
@@ -64,6 +65,7 @@ def decode_samples():
         ("plain", 6, 2, {}),
         ("no global slots", 4, 0, {"softcap": 3.0}),
         ("all options", 9, 3, {"max_distance": 7, "inv_freq": torch.rand(3), "rope_scaling": 1.2}),
+        ("bias", 6, 2, {"distance_bias": torch.rand(5, 4).mT}),
     ]:
         q, k, v = qkv(2, 4, 2, 1, 1, 8)
         caches = (torch.zeros(2, 2, slots, 8) for slots in (c, c, g, g))
@@ -89,6 +91,7 @@ def middle_samples():
     for name, dtype, positions, kwargs in [
         ("plain", torch.float32, [11, 30], {}),
         ("all options", torch.float32, [11, 3], {"alibi_slopes": heads, "sink_logits": heads}),
+        ("bias", torch.float32, [11, 30], {"distance_bias": torch.rand(4, 6)}),
         ("own first keys", torch.bfloat16, [40, -1], {"k_start": torch.tensor([29, -20])}),
     ]:
         q, k, v = qkv(2, 4, 2, 1, 12, 16, dtype)

@@ -360,10 +360,15 @@ def _bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             ValueError,
             "position_ids of row 0",
         ),
-        "3-D positions": (
-            {"position_ids": torch.zeros(3, 2, 10, dtype=torch.int64)},
+        "positions in an image": (
+            {"position_ids": torch.arange(10) // torch.tensor([1, 2, 2])[:, None, None]},
             ValueError,
-            "position_ids has 3 dims",
+            "position_ids has 3 dims that differ",
+        ),
+        "4-D positions": (
+            {"position_ids": torch.zeros(1, 3, 2, 10, dtype=torch.int64)},
+            ValueError,
+            "position_ids has 4 dims",
         ),
         "other cache": ({"past_key_values": DynamicCache()}, TypeError, "is a DynamicCache"),
     }

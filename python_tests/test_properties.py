@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, INF, NAN, call, check_lambda_attn, frequencies, options, qkv, randn
+from cases import (
+    DTYPES,
+    INF,
+    NAN,
+    biases,
+    call,
+    check_lambda_attn,
+    frequencies,
+    options,
+    qkv,
+    randn,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +67,11 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         given_["alibi_slopes"] = torch.tensor(
             draw(st.lists(st.floats(0, 0.5), min_size=heads_q, max_size=heads_q))
         )
+    if draw(st.booleans()):
+        table = biases(heads_q, given_.get("max_distance", window), seed + 2)
+        if draw(st.booleans()):
+            table[table > draw(st.floats(-2, 2))] = -INF
+        given_["distance_bias"] = table
     if draw(st.booleans()):
         given_["sink_logits"] = torch.tensor(
             draw(
@@ -138,7 +154,11 @@ def test_chunks_equal_the_whole(backend, chunk, window, n_global, further, rotat
     """Chunked prefill: each chunk brings the last `window` keys and the global ones beside them."""
     seqlen = 200
     q, k, v = qkv(seqlen, seqlen, heads_q=4, heads_kv=2)
-    score = dict(options("rope partial", 4, 64), max_distance=window + further)
+    score = dict(
+        options("rope partial", 4, 64),
+        max_distance=window + further,
+        distance_bias=biases(4, window + further),
+    )
     expected = attend(backend, q, k, v, n_global, window, **score)
     turned = call(backend, "clamped_rope", k, torch.arange(seqlen), score["inv_freq"])
     parts = []
@@ -176,7 +196,7 @@ def test_chunks_equal_the_whole(backend, chunk, window, n_global, further, rotat
 def test_packed_sequences_equal_separate_calls(backend, lengths, window, n_global):
     total = sum(lengths)
     q, k, v = qkv(total, total, heads_q=4, heads_kv=2, head_dim=32)
-    score = options("all", 4, 32)
+    score = options("all", 4, 32, window)
     ends = list(itertools.accumulate(lengths))
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
     packed = attend(backend, q, k, v, n_global, window, cu_seqlens=cu_seqlens, **score)
@@ -196,7 +216,7 @@ def test_packed_sequences_equal_separate_calls(backend, lengths, window, n_globa
 def test_left_padding_changes_nothing(backend, pads, window, n_global):
     """A row of length 70 - pad behind pad slots of NaN equals that row by itself."""
     q, k, v = qkv(70, 70, batch=len(pads), head_dim=32)
-    score = options("all", 2, 32)
+    score = options("all", 2, 32, window)
     for b, pad in enumerate(pads):
         for x in (q, k, v):
             x[b, :, :pad] = NAN
@@ -217,7 +237,7 @@ def test_left_padding_changes_nothing(backend, pads, window, n_global):
 )
 def test_grouped_heads_equal_repeated_heads(backend, heads, seqlen_q, n_global):
     q, k, v = qkv(seqlen_q, 80, batch=2, heads_q=heads[0], heads_kv=heads[1])
-    score = options("all", heads[0], 64)
+    score = options("all", heads[0], 64, 25)
     grouped = attend(backend, q, k, v, n_global, 25, **score)
     repeated = (x.repeat_interleave(heads[0] // heads[1], dim=1) for x in (k, v))
     assert_same(attend(backend, q, *repeated, n_global, 25, **score), grouped)
@@ -227,7 +247,7 @@ def test_grouped_heads_equal_repeated_heads(backend, heads, seqlen_q, n_global):
 @given(n_global=st.integers(0, 60), window=st.integers(1, 60), split=st.integers(1, 99))
 def test_the_last_queries_are_the_last_rows(backend, n_global, window, split):
     q, k, v = qkv(100, 100)
-    score = options("all", 2, 64)
+    score = options("all", 2, 64, window)
     whole = attend(backend, q, k, v, n_global, window, **score)
     tail = attend(backend, q[:, :, split:], k, v, n_global, window, **score)
     assert_same(tail, [x[:, :, split:] for x in whole])

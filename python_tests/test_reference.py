@@ -41,6 +41,7 @@ def literal(
     k_start=None,
     global_k=None,
     global_v=None,
+    distance_bias=None,
 ):
     """Design section 2, one pair at a time."""
     batch, heads, seqlen_q, head_dim = q.shape
@@ -68,6 +69,8 @@ def literal(
                             seen.append(
                                 (i - j, global_k[b, h // group, j], global_v[b, h // group, j])
                             )
+                if distance_bias is not None:
+                    seen = [pair for pair in seen if distance_bias[h, min(pair[0], limit)] != -INF]
                 if not seen:
                     continue
                 scores = []
@@ -80,6 +83,8 @@ def literal(
                     s *= 1 / math.sqrt(head_dim) if scale is None else scale
                     if alibi_slopes is not None:
                         s -= alibi_slopes[h].item() * d
+                    if distance_bias is not None:
+                        s += distance_bias[h, d].item()
                     scores.append(softcap * math.tanh(s / softcap) if softcap > 0 else s)
                 total = sum(math.exp(s) for s in scores)
                 lse[b, h, row] = math.log(total)
@@ -152,6 +157,32 @@ def test_equals_the_definition_pair_by_pair(options, shape):
     expected_out, expected_lse = literal(q, k, v, **options)
     torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
+def test_a_bias_for_every_distance_pair_by_pair(options, shape):
+    """Head 0 hides the clamp, head 1 its own token, head 2 every other distance, head 3 all."""
+    seqlen_q, seqlen_k, n_global, window, max_distance = shape
+    q, k, v, table = tensors(
+        0,
+        (1, HEADS_Q, seqlen_q, HEAD_DIM),
+        (1, HEADS_KV, seqlen_k, HEAD_DIM),
+        (1, HEADS_KV, seqlen_k, HEAD_DIM),
+        (HEADS_Q, (max_distance or window) + 1),
+    )
+    options = dict(options, n_global=n_global, window=window, max_distance=max_distance)
+    for hides in (False, True):
+        if hides:
+            table[0, -1] = table[1, 0] = -INF
+            table[2, ::2] = table[3] = -INF
+        out, lse = reference.lambda_attention(
+            q, k, v, **options, distance_bias=table, return_lse=True
+        )
+        expected_out, expected_lse = literal(q, k, v, **options, distance_bias=table)
+        torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+    assert (out[:, 3] == 0).all() and (lse[:, 3] == -INF).all()
 
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])

@@ -252,7 +252,7 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
 
     Args:
         model: unpatched.
-        layers: of each layer an object with n_global, window and max_distance.
+        layers: of each layer an object with n_global, window and max_distance, or None.
 
     Yields:
         ids [1, S] -> logits [1, S, vocabulary].
@@ -261,13 +261,13 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
     decoder, family = find_decoder(model)
     dense = _Dense(layers)
     AttentionInterface.register("definition", dense)  # type: ignore[arg-type]
-    AttentionMaskInterface.register("definition", lambda *_, **__: torch.ones(1))
+    AttentionMaskInterface.register("definition", lambda *_, **__: torch.ones(1, 1, 1, 1))
     decoder.config._attn_implementation = "definition"
     for module in decoder.modules():
         if is_rotary(module):  # without the wrapper that changes frequencies as positions grow
             module.forward = MethodType(inspect.unwrap(type(module).forward), module)
 
-    limit = max(layer.max_distance for layer in layers)
+    limit = max(layer.max_distance for layer in layers if layer is not None)
 
     def positions_of(n_tokens: int) -> Tensor:
         index = torch.arange(n_tokens)

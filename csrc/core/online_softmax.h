@@ -1,6 +1,6 @@
 // Online softmax over tiles of scores, in base 2: scores are multiplied by log2(e) once and exp2 is
 // used throughout. A state holds the running maximum and the running sum; a row that has seen no
-// key has max == -inf and sum == 0, and ends as out = 0, lse = -inf.
+// key, or keys with score -inf only, has sum == 0 and ends as out = 0, lse = -inf.
 #pragma once
 
 #include <cmath>
@@ -48,7 +48,7 @@ struct SoftmaxEnd {
 };
 
 LMINF_HD SoftmaxEnd finish(SoftmaxState s, bool has_sink, float sink_logit) {
-  if (s.max == minus_infinity()) return {0.0f, minus_infinity()};
+  if (s.sum == 0.0f) return {0.0f, minus_infinity()};
   const float lse = (s.max + log2f(s.sum)) * kLn2;
   if (!has_sink) return {1.0f / s.sum, lse};
   // Relative to the larger of the two, so that neither overflows.

@@ -2,7 +2,7 @@
 // and the window, each head's top_k with the largest score at distance m join the softmax there.
 // Included inside namespace lminf::cpu::LMINF_ISA.
 //
-//   s_j = scale * <R(m) q, k_j> - slope * m, then softcap,   j in [n_global, i - window]
+//   s_j = scale * <R(m) q, k_j> - slope * m + bias[m], then softcap,   j in [n_global, i - window]
 //   out = (2^lse_Λ out_Λ + sum over the chosen j of 2^s_j v_j) / (2^lse_Λ + sum of 2^s_j)
 //
 // All keys stand at one distance, so the query is rotated once and the keys not at all. They stream
@@ -155,6 +155,7 @@ class MiddleTopk {
       for (int g = 0; g < group_; ++g) {
         const float* scores = s.scores + g * kDecodeBlock;
         const TopList top = list(all, item, g);
+        if (bias(h * group_ + g) == minus_infinity()) continue;  // it hides all of them
         if (!(row_max(scores, 0, n) > top.score[p_.top_k - 1])) continue;
         for (int c = 0; c < n; ++c) top.offer(scores[c], j + c, p_.top_k);
       }
@@ -163,13 +164,20 @@ class MiddleTopk {
 
   template <typename K>
   void score_block(const K* k, int64_t stride, int n, ItemScratch& s) const {
-    DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, k, stride, n, s.scores);
+    DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, {k, stride, n, nullptr}, s.scores);
+  }
+
+  // What distance_bias adds at distance m.
+  float bias(int64_t head) const {
+    if (p_.score.distance_bias == nullptr) return 0.0f;
+    return p_.score.distance_bias[head * p_.score.n_distances + p_.distance];
   }
 
   // From <R(m) q, k> times the scale to a score in units of log2.
   float finished(float product, int64_t head) const {
     if (p_.score.alibi_slopes != nullptr)
       product -= p_.score.alibi_slopes[head] * static_cast<float>(p_.distance);
+    product += bias(head);
     const float cap = p_.score.softcap;
     if (cap > 0.0f) product = cap * std::tanh(product / cap);
     return product * kLog2e;

@@ -5,7 +5,7 @@
 // lag behind the true maximum by up to kMaxLag, so that most tiles rescale nothing (2^kMaxLag is
 // far from overflow).
 constexpr float kMaxLag = 8.0f;
-constexpr float kLowestMax = -1e30f;
+constexpr float kLowestMax = std::numeric_limits<float>::lowest();
 
 struct RowStates {
   float* max;  // [rows]
@@ -16,20 +16,44 @@ struct RowStates {
 // What turns a product <q, k> into a score in units of log2.
 struct ScoreMap {
   float factor;  // scale * log2(e), where that is all there is
-  bool general;  // else: scale, ALiBi, softcap, one after the other
+  bool general;  // else: scale, ALiBi, biases by distance, softcap, one after the other
   float scale;
   float softcap;
 };
 
-// The ALiBi term of one row: -slope * distance, which is exact until the product is taken.
+// What is added to one row of a tile. ALiBi: -slope * distance, which is exact until the product is
+// taken.
 struct RowBias {
-  float slope;     // 0: none
-  float distance;  // at column 0 of the tile
-  float step;      // by which it shrinks from column to column; 0 where it is clamped
+  float slope;                   // 0: none
+  float distance;                // at column 0 of the tile
+  float step;                    // by which it shrinks from column to column; 0 where it is clamped
+  const float* table = nullptr;  // of distance_bias, by column; whole vectors are read; null: none
 };
 
-// Columns [lo, hi) of a row of products become scores in units of log2; returns the largest.
-template <bool kSoftcap>
+// A head's biases for `n` columns, the first of them at `distance`: out[c] is the bias at distance
+// - c, and 0 for keys ahead of the query, which it does not see.
+inline void biases_by_column(const ScoreParams& score, int64_t head, int64_t distance, int n,
+                             float* out) {
+  const float* table = score.distance_bias + head * score.n_distances;
+  const int64_t last = score.n_distances - 1;
+  const int clamped = static_cast<int>(min64(max64(distance - last, 0), n));
+  const int behind = static_cast<int>(min64(max64(distance + 1, 0), n));
+  std::fill(out, out + clamped, table[last]);
+  for (int c = clamped; c < behind; ++c) out[c] = table[distance - c];
+  std::fill(out + behind, out + n, 0.0f);
+}
+
+// tanh as exactly as products of E are worth.
+template <typename E>
+inline Vec vtanh_for(Vec x) {
+#if LMINF_BF16
+  if constexpr (std::is_same_v<E, bf16>) return vtanh_rough(x);
+#endif
+  return vtanh(x);
+}
+
+// Columns [lo, hi) of a row of products of E become scores in units of log2; returns the largest.
+template <bool kSoftcap, bool kTable, typename E>
 inline float map_scores(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
   // Without a softcap log2(e) is part of the factors, with one it comes last.
   const float unit = kSoftcap ? 1.0f / map.softcap : kLog2e;
@@ -40,7 +64,9 @@ inline float map_scores(const ScoreMap& map, const RowBias& bias, float* row, in
   for (int c = lo / kLanes * kLanes; c < hi; c += kLanes) {
     const Vec column = vadd(viota(), vset(static_cast<float>(c)));
     Vec s = vfma(vload(row + c), scale, vmul(slope, vfma(step, column, distance)));
-    if (kSoftcap) s = vmul(cap, vtanh(s));
+    if (kTable) s = vfma(vload(bias.table + c), vset(unit), s);
+    if (kSoftcap) s = vmul(cap, vtanh_for<E>(s));
+    if (kTable) s = vhide(s, vload(bias.table + c));
     vstore(row + c, s);
     largest = vmax(c < lo || c + kLanes > hi ? vkeep(s, lo - c, hi - c, none) : s, largest);
   }
@@ -59,10 +85,15 @@ inline float row_max(const float* row, int lo, int hi) {
 
 // The largest score of columns [lo, hi) in units of log2, mapped in place where a factor is not all
 // there is.
+template <typename E = float>
 inline float scores_max(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
   if (!map.general) return row_max(row, lo, hi) * map.factor;
-  return map.softcap > 0.0f ? map_scores<true>(map, bias, row, lo, hi)
-                            : map_scores<false>(map, bias, row, lo, hi);
+  if (bias.table != nullptr) {
+    return map.softcap > 0.0f ? map_scores<true, true, E>(map, bias, row, lo, hi)
+                              : map_scores<false, true, E>(map, bias, row, lo, hi);
+  }
+  return map.softcap > 0.0f ? map_scores<true, false, E>(map, bias, row, lo, hi)
+                            : map_scores<false, false, E>(map, bias, row, lo, hi);
 }
 
 // probs[c] = 2^(row[c] * factor - max) on [lo, hi), 0 on the rest of [begin, end); returns the sum

@@ -19,6 +19,7 @@ struct BlockPlan {
 // The rows of a tile of queries against a tile of keys.
 struct QueryRows {
   const ScoreParams& params;
+  const int64_t& head;
   float slope;
   const Branch& branch;
   int64_t first_query;   // position of the warp's first row
@@ -31,7 +32,8 @@ struct QueryRows {
     const float corner = static_cast<float>(first_query - key_position);
     return scoring().score<false>(
         product, slope,
-        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)));
+        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
+        distance_bias_at(params, head, first_query - key_position, row - column));
   }
   LMINF_DEVICE ColumnRange columns(int row) const {
     return visible_columns(branch, first_query + row, key_position, keys);

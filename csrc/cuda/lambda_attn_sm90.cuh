@@ -420,6 +420,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       auto rows_against = [&](int branch, int64_t index, int keys) {
         const BranchPlan<T>& plan = block.branches[branch];
         return QueryRows{p.score,
+                         block.tile.head,
                          slope,
                          plan.branch,
                          block.tile.positions.lo + recomputed(warp_row),

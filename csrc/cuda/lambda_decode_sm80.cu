@@ -39,8 +39,10 @@ struct DecodeTraits {
 
 // The query heads of a tile, all at one position, against a tile of keys.
 struct DecodeRows {
+  const ScoreParams& params;
   Scoring shared_scoring;
   float slopes[2];   // of this lane's rows
+  int64_t heads[2];  // and their heads
   int64_t distance;  // to the tile's first key
   int64_t max_distance;
   int keys;
@@ -50,7 +52,8 @@ struct DecodeRows {
     return shared_scoring.score<false>(
         product, slopes[r],
         clamped_distance_in_tile(static_cast<float>(distance), 0, column,
-                                 static_cast<float>(max_distance)));
+                                 static_cast<float>(max_distance)),
+        distance_bias_at(params, heads[r], distance, -column));
   }
   LMINF_DEVICE ColumnRange columns(int) const { return {0, keys}; }
 };
@@ -174,10 +177,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // --- This warp's tiles, the next one always under way ---
   WarpState<Traits::kHeadDim, 1> state;
   const Scoring scoring(p.score);
-  const int row_head = lane / 4;
-  const float slopes[2] = {
-      row_head < heads ? alibi_slope(p.score, first_head + row_head) : 0.0f,
-      row_head + 8 < heads ? alibi_slope(p.score, first_head + row_head + 8) : 0.0f};
+  // Of this lane's rows; a row without a head computes what the last one does, for nobody.
+  auto head_of = [&](int r) { return first_head + min64(lane / 4 + 8 * r, heads - 1); };
+  const float slopes[2] = {alibi_slope(p.score, head_of(0)), alibi_slope(p.score, head_of(1))};
   for (int64_t i = 0; i < rounds; ++i) {
     const DecodeTile tile = tile_at(i);
     __syncwarp();  // everybody has left the stage about to be filled
@@ -200,8 +202,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
       }
       __syncwarp();
     }
-    const DecodeRows rows{
-        scoring, {slopes[0], slopes[1]}, d.position - tile.first, p.max_distance, tile.keys};
+    const DecodeRows rows{p.score,
+                          scoring,
+                          {slopes[0], slopes[1]},
+                          {head_of(0), head_of(1)},
+                          d.position - tile.first,
+                          p.max_distance,
+                          tile.keys};
     attend<kDecodeTileKeys>(state, rows, tile.keys == kDecodeTileKeys, q_tile, 0, k_stage(i),
                             v_stage(i), lane);
   }

@@ -31,7 +31,7 @@
 #define LMINF_CALLER , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define LMINF_ONLY_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #else
-#include "wgmma_sm90.cuh"
+#include "ptx_sm90_wgmma.cuh"
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LMINF_SM90A 1
 #else

@@ -1,4 +1,5 @@
-// Scores of visible pairs: scale, ALiBi and softcap in the definition's order, in units of log2.
+// Scores of visible pairs: scale, ALiBi, distance_bias and softcap in the definition's order, in
+// units of log2.
 #pragma once
 
 #include "../core/lambda_mask.h"
@@ -25,28 +26,47 @@ LMINF_DEVICE float fast_tanh(float x) {
 // What a kernel does to a product <q, k>.
 struct Scoring {
   float scale, softcap;
-  bool alibi;
+  bool alibi, biased;
 
   LMINF_DEVICE explicit Scoring(const ScoreParams& p)
-      : scale(p.scale), softcap(p.softcap), alibi(p.alibi_slopes != nullptr) {}
+      : scale(p.scale),
+        softcap(p.softcap),
+        alibi(p.alibi_slopes != nullptr),
+        biased(p.distance_bias != nullptr) {}
 
   // Nothing but a positive factor, which leaves the order of scores alone: then it is folded into
   // the exponent, and products stay as they are.
-  LMINF_DEVICE bool only_scales() const { return softcap == 0.0f && !alibi && scale > 0.0f; }
+  LMINF_DEVICE bool only_scales() const {
+    return softcap == 0.0f && !alibi && !biased && scale > 0.0f;
+  }
 
   LMINF_DEVICE float exponent_unit() const { return only_scales() ? scale * kLog2e : 1.0f; }
 
-  // The whole score times log2(e), when there is more than a factor. `distance` is clamped.
+  // The whole score times log2(e), when there is more than a factor. `distance` is clamped, `bias`
+  // the entry of distance_bias there.
   template <bool kExact>
-  LMINF_DEVICE float score(float product, float slope, float distance) const {
+  LMINF_DEVICE float score(float product, float slope, float distance, float bias) const {
     float s = product * scale;
     if (alibi) s -= slope * distance;
+    if (biased) s += bias;
     if (softcap != 0.0f) {
       s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(fast_divide(s, softcap)));
     }
-    return s * kLog2e;
+    return biased && bias == minus_infinity() ? bias : s * kLog2e;
   }
 };
+
+// The entry of distance_bias for one head at distance corner + offset, clamped to the table at both
+// ends: a key ahead of its query is masked later. 0 without a table. |offset| stays below a tile's
+// size; a table has at most 2^30 distances, so that indices are ints.
+LMINF_DEVICE float distance_bias_at(const ScoreParams& p, int64_t head, int64_t corner,
+                                    int offset) {
+  if (p.distance_bias == nullptr) return 0.0f;
+  const int last = static_cast<int>(p.n_distances - 1);
+  const int distance = static_cast<int>(min64(corner, (1 << 30) + (1 << 20))) + offset;
+  const int index = distance < 0 ? 0 : distance > last ? last : distance;
+  return load_global(p.distance_bias + head * p.n_distances + index);
+}
 
 LMINF_DEVICE float alibi_slope(const ScoreParams& p, int64_t head) {
   return p.alibi_slopes != nullptr ? load_global(p.alibi_slopes + head) : 0.0f;

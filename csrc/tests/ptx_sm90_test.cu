@@ -560,10 +560,12 @@ void test_all() {
   test_bulk_load();
   test_tma();
   test_tensor_map_limits();
-  test_every_n(std::make_integer_sequence<int, 32>());
   test_swizzles<bf16, 64>();
+#if !defined(LMINF_THREAD_SANITIZER)  // to which every N is the same
   test_swizzles<fp16, 96>();
   test_swizzles<bf16, 256>();
+  test_every_n(std::make_integer_sequence<int, 32>());
+#endif
   test_groups();
   test_store_matrices();
   test_roles();
@@ -580,7 +582,7 @@ int main() {
     return 77;
   }
   test_all();
-#if defined(LMINF_EMULATION)
+#if defined(LMINF_EMULATION) && !defined(LMINF_THREAD_SANITIZER)
   for (uint64_t seed = 1; seed < 4; ++seed) {
     lminf::emulation::set_schedule_seed(seed);
     test_all();

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "../params.h"
@@ -51,17 +52,42 @@ inline Tensor empty_lse(const Tensor& q) {
   return torch::stable::new_empty(q, q.sizes().slice(0, 3), ScalarType::Float);
 }
 
+// A tensor of any floating dtype on the device of q, as contiguous float32.
+inline Tensor as_float(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
+  const ScalarType type = tensor.scalar_type();
+  LMINF_CHECK(op, is_floating(type), name, " has dtype ", dtype_name(type),
+              ", but must be float32 (or another floating dtype, which is converted)");
+  check_same_device(op, name, tensor, "q", q);
+  return as_contiguous(type == ScalarType::Float ? tensor
+                                                 : torch::stable::to(tensor, ScalarType::Float));
+}
+
 // A per-head vector [Hq] of any floating dtype, as float32.
 inline std::optional<Tensor> per_head(const char* op, const char* name,
                                       const std::optional<Tensor>& vector, const Tensor& q) {
   if (!vector) return std::nullopt;
   check_shape(op, name, *vector, {q.size(1)}, "[Hq]");
-  const ScalarType type = vector->scalar_type();
-  LMINF_CHECK(op, is_floating(type), name, " has dtype ", dtype_name(type),
-              ", but must be float32 (or another floating dtype, which is converted)");
-  check_same_device(op, name, *vector, "q", q);
-  return as_contiguous(type == ScalarType::Float ? *vector
-                                                 : torch::stable::to(*vector, ScalarType::Float));
+  return as_float(op, name, *vector, q);
+}
+
+// Kernels count distances in a table in int32.
+inline void check_table_length(const char* op, const Tensor& distance_bias) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  LMINF_CHECK(op, distance_bias.size(1) <= kMost, "distance_bias has ", distance_bias.size(1),
+              " distances, but may have at most 2^30; take a smaller max_distance");
+}
+
+// distance_bias [Hq, max_distance + 1] of any floating dtype, as float32.
+inline std::optional<Tensor> bias_by_distance(const char* op,
+                                              const std::optional<Tensor>& distance_bias,
+                                              const Tensor& q, int64_t max_distance) {
+  if (!distance_bias) return std::nullopt;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  check_shape(op, "distance_bias", *distance_bias,
+              {q.size(1), max_distance == kMost ? kMost : max_distance + 1},
+              "[Hq, max_distance + 1]");
+  check_table_length(op, *distance_bias);
+  return as_float(op, "distance_bias", *distance_bias, q);
 }
 
 inline const float* float_data(const std::optional<Tensor>& tensor) {
@@ -102,10 +128,11 @@ inline RopeParams rope_params(const char* op, const char* scaling_name,
   return rope;
 }
 
-// `alibi_slopes` and `sink_logits` come from per_head().
+// `alibi_slopes` and `sink_logits` come from per_head(), `distance_bias` from bias_by_distance().
 inline ScoreParams score_params(const char* op, std::optional<double> scale, double softcap,
                                 const std::optional<Tensor>& alibi_slopes,
-                                const std::optional<Tensor>& sink_logits, int64_t head_dim) {
+                                const std::optional<Tensor>& sink_logits,
+                                const std::optional<Tensor>& distance_bias, int64_t head_dim) {
   if (scale) check_finite(op, "scale", *scale);
   check_softcap(op, softcap);
   ScoreParams score;
@@ -113,6 +140,8 @@ inline ScoreParams score_params(const char* op, std::optional<double> scale, dou
   score.softcap = static_cast<float>(softcap);
   score.alibi_slopes = float_data(alibi_slopes);
   score.sink_logits = float_data(sink_logits);
+  score.distance_bias = float_data(distance_bias);
+  score.n_distances = distance_bias ? distance_bias->size(1) : 0;
   return score;
 }
 

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> lambda_attn(
     const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
     const std::optional<Tensor>& k_start, const std::optional<Tensor>& global_k,
     const std::optional<Tensor>& global_v, const std::optional<Tensor>& cu_seqlens,
-    int64_t k_rotated) {
+    int64_t k_rotated, const std::optional<Tensor>& distance_bias) {
   check_rank(kOp, "q", q, 4, "[B, Hq, Sq, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, Sk, D]");
   check_attention_dtype(kOp, "q", q);
@@ -114,6 +114,7 @@ std::tuple<Tensor, Tensor> lambda_attn(
   const auto frequency = frequencies(kOp, inv_freq, "q", q);
   const auto slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q);
   const auto sinks = per_head(kOp, "sink_logits", sink_logits, q);
+  const auto biases = bias_by_distance(kOp, distance_bias, q, max_distance.value_or(window));
   std::optional<Tensor> start, offsets, global_k_dense, global_v_dense;
   if (k_start) start = as_contiguous(*k_start);
   check_positions(start, seqlen_k);
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor> lambda_attn(
   }
 
   LambdaAttnParams params;
-  params.score = score_params(kOp, scale, softcap, slopes, sinks, head_dim);
+  params.score = score_params(kOp, scale, softcap, slopes, sinks, biases, head_dim);
   params.rope = rope_params(kOp, "rope_scaling", frequency, rope_scaling, rope_interleaved);
 
   Tensor out = empty_output_like(q);

@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> lambda_decode(
     const Tensor& global_k, const Tensor& global_v, const Tensor& positions, int64_t window,
     std::optional<int64_t> max_distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
     bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap) {
+    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
+    const std::optional<Tensor>& distance_bias) {
   check_rank(kOp, "q", q, 4, "[B, Hq, 1, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, 1, D]");
   check_rank(kOp, "ring_k", ring_k, 4, "[B, Hkv, C, D]");
@@ -65,10 +66,11 @@ std::tuple<Tensor, Tensor> lambda_decode(
   const auto frequency = frequencies(kOp, inv_freq, "q", q);
   const auto slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q);
   const auto sinks = per_head(kOp, "sink_logits", sink_logits, q);
+  const auto biases = bias_by_distance(kOp, distance_bias, q, max_distance.value_or(window));
   check_position_values(row_positions);
 
   LambdaDecodeParams params;
-  params.score = score_params(kOp, scale, softcap, slopes, sinks, head_dim);
+  params.score = score_params(kOp, scale, softcap, slopes, sinks, biases, head_dim);
   params.rope = rope_params(kOp, "rope_scaling", frequency, rope_scaling, rope_interleaved);
 
   Tensor out = empty_output_like(q);

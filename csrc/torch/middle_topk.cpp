@@ -16,6 +16,18 @@ void check_position_values(const char* name, const Tensor& positions) {
   }
 }
 
+// distance_bias [Hq, more than `distance`] of any floating dtype, as float32.
+std::optional<Tensor> bias_at_distance(const std::optional<Tensor>& distance_bias, const Tensor& q,
+                                       int64_t distance) {
+  if (!distance_bias) return std::nullopt;
+  check_rank(kOp, "distance_bias", *distance_bias, 2, "[Hq, max_distance + 1]");
+  LMINF_CHECK(kOp, distance_bias->size(0) == q.size(1) && distance_bias->size(1) > distance,
+              "distance_bias has shape ", shape_of(*distance_bias), ", but must have ", q.size(1),
+              " rows, one a head, and more than distance columns, which is ", distance);
+  check_table_length(kOp, *distance_bias);
+  return as_float(kOp, "distance_bias", *distance_bias, q);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> middle_topk(
@@ -24,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> middle_topk(
     int64_t top_k, int64_t distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
     bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
-    const std::optional<Tensor>& k_start) {
+    const std::optional<Tensor>& k_start, const std::optional<Tensor>& distance_bias) {
   check_rank(kOp, "q", q, 4, "[B, Hq, 1, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, Sk, D]");
   check_attention_dtype(kOp, "q", q);
@@ -65,10 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> middle_topk(
   const auto frequency = frequencies(kOp, inv_freq, "q", q);
   const auto slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q);
   const auto sinks = per_head(kOp, "sink_logits", sink_logits, q);
+  const auto biases = bias_at_distance(distance_bias, q, distance);
   check_position_values("positions", row_positions);
 
   MiddleTopkParams params;
-  params.score = score_params(kOp, scale, softcap, slopes, sinks, head_dim);
+  params.score = score_params(kOp, scale, softcap, slopes, sinks, biases, head_dim);
   params.rope = rope_params(kOp, "rope_scaling", frequency, rope_scaling, rope_interleaved);
   std::optional<Tensor> first_positions;
   if (k_start) {

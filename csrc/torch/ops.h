@@ -17,14 +17,15 @@ std::tuple<Tensor, Tensor> lambda_attn(
     const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
     const std::optional<Tensor>& k_start, const std::optional<Tensor>& global_k,
     const std::optional<Tensor>& global_v, const std::optional<Tensor>& cu_seqlens,
-    int64_t k_rotated);
+    int64_t k_rotated, const std::optional<Tensor>& distance_bias);
 
 std::tuple<Tensor, Tensor> lambda_decode(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ring_k, const Tensor& ring_v,
     const Tensor& global_k, const Tensor& global_v, const Tensor& positions, int64_t window,
     std::optional<int64_t> max_distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
     bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap);
+    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
+    const std::optional<Tensor>& distance_bias);
 
 Tensor clamped_rope(const Tensor& x, const Tensor& position_ids, const Tensor& inv_freq,
                     std::optional<int64_t> max_position, double scaling, bool interleaved);
@@ -35,6 +36,6 @@ std::tuple<Tensor, Tensor, Tensor> middle_topk(
     int64_t top_k, int64_t distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
     bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
-    const std::optional<Tensor>& k_start);
+    const std::optional<Tensor>& k_start, const std::optional<Tensor>& distance_bias);
 
 }  // namespace lminf::binding
