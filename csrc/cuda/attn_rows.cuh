@@ -16,7 +16,9 @@ struct BlockPlan {
   BranchPlan<T> branches[kBranches];
 };
 
-// The rows of a tile of queries against a tile of keys.
+// The rows of a tile of queries against a tile of keys. kBias: whether there may be a
+// distance_bias, whose look-ups cost registers.
+template <bool kBias>
 struct QueryRows {
   const ScoreParams& params;
   const int64_t& head;
@@ -30,10 +32,10 @@ struct QueryRows {
   LMINF_DEVICE Scoring scoring() const { return Scoring(params); }
   LMINF_DEVICE float score(float product, int, int row, int column) const {
     const float corner = static_cast<float>(first_query - key_position);
-    return scoring().score<false>(
+    return scoring().template score<false>(
         product, slope,
         clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
-        distance_bias_at(params, head, first_query - key_position, row - column));
+        kBias ? distance_bias_at(params, head, first_query - key_position, row - column) : 0.0f);
   }
   LMINF_DEVICE ColumnRange columns(int row) const {
     return visible_columns(branch, first_query + row, key_position, keys);

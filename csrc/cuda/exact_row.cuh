@@ -10,8 +10,8 @@
 namespace lminf::cuda {
 
 // By one warp: out[n] is dim lane + 32 n of row `row` of a tile of queries, for head dims up to
-// 32 * kOwn.
-template <typename T, int kOwn>
+// 32 * kOwn. kBias: whether there may be a distance_bias.
+template <typename T, bool kBias, int kOwn>
 LMINF_DEVICE void exact_row(const AttnSources& sources, QueryTile t, int row, float (&out)[kOwn]) {
   const LambdaAttnParams& p = sources.p;
   const int lane = recomputed(static_cast<int>(threadIdx.x)) % kWarpSize;
@@ -54,11 +54,9 @@ LMINF_DEVICE void exact_row(const AttnSources& sources, QueryTile t, int row, fl
     const BranchPlan<T> plan = branch_plan<T>(sources, t, branch, 1);
 #pragma unroll 1
     for (int64_t j = plan.visible.lo; j < plan.visible.hi; ++j) {
-      const float bias = distance_bias_at(p.score, t.head, i - j, 0);
-      if (bias == minus_infinity()) continue;
       const T* k_row = plan.k + (j - plan.k_origin) * plan.k_stride;
       const T* v_row = plan.v + (j - plan.v_origin) * plan.v_stride;
-      const float bias = distance_bias_at(p.score, t.head, i - j, 0);
+      const float bias = kBias ? distance_bias_at(p.score, t.head, i - j, 0) : 0.0f;
       if (bias == minus_infinity()) continue;  // hidden
       float product = 0.0f;
 #pragma unroll
@@ -94,7 +92,7 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
   const LambdaAttnParams& p = sources.p;
   const QueryTile t = query_tile(sources, block, tile_rows);
   float out[kMaxHeadDim / kWarpSize];
-  exact_row<T>(sources, t, row, out);
+  exact_row<T, true>(sources, t, row, out);
   T* out_row = static_cast<T*>(p.out) + t.batch * p.out_stride.batch + t.head * p.out_stride.head +
                (t.first_row + row) * p.out_stride.seq;
 #pragma unroll

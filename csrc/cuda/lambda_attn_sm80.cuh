@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const BranchPlan<T>& plan = branch_of(visit);
     const int64_t index = tile_of(visit);
     const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
-    const QueryRows rows{p.score,     block[0].tile.head,         slope,          plan.branch,
-                         first_query, plan.origin + index * keys, p.max_distance, keys};
+    const QueryRows<true> rows{p.score,     block[0].tile.head,         slope,          plan.branch,
+                               first_query, plan.origin + index * keys, p.max_distance, keys};
     const bool full = plan.tiles.full(index);
     if (visit < near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);

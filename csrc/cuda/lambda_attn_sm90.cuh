@@ -175,7 +175,8 @@ LMINF_DEVICE uint32_t own_columns(ColumnRange range, int first) {
 
 // Softcap, ALiBi, mask.
 template <int kKeys>
-LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows& rows, bool full, int lane) {
+LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows<false>& rows, bool full,
+                                int lane) {
   static_assert(kKeys <= 128, "a bit for each of a lane's columns of a row");
   lane = recomputed(lane);
   if (!rows.scoring().only_scales()) {
@@ -419,14 +420,14 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
       auto rows_against = [&](int branch, int64_t index, int keys) {
         const BranchPlan<T>& plan = block.branches[branch];
-        return QueryRows{p.score,
-                         block.tile.head,
-                         slope,
-                         plan.branch,
-                         block.tile.positions.lo + recomputed(warp_row),
-                         plan.origin + index * keys,
-                         p.max_distance,
-                         keys};
+        return QueryRows<false>{p.score,
+                                block.tile.head,
+                                slope,
+                                plan.branch,
+                                block.tile.positions.lo + recomputed(warp_row),
+                                plan.origin + index * keys,
+                                p.max_distance,
+                                keys};
       };
       // scores = Q K^T over the first keys of a K stage, issued.
       auto issue_scores = [&](auto tile, auto& scores) {
@@ -580,7 +581,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           const int row = recomputed(warp_row) + n;
           if ((rows >> n & 1) == 0 || row >= block.tile.rows) continue;
           float exact[kHeadDim / kWarpSize];
-          exact_row<T>(sources, block.tile, row, exact);
+          exact_row<T, false>(sources, block.tile, row, exact);
 #pragma unroll
           for (int i = 0; i < kHeadDim / kWarpSize; ++i) {
             q_tile.element(row, own_lane + kWarpSize * i) = from_float<T>(exact[i]);

@@ -46,7 +46,8 @@ bool fits_tma(const void* data, const Strides& s, int64_t batch, int64_t heads, 
 // are read from where it writes them.
 bool hopper_covers(const LambdaAttnParams& p) {
   const bool raw_keys = p.rope.rotary_dim == 0;
-  return p.cu_seqlens == nullptr && p.head_dim <= kSm90MaxHeadDim &&
+  return p.cu_seqlens == nullptr && p.score.distance_bias == nullptr &&
+         p.head_dim <= kSm90MaxHeadDim &&
          fits_tma(p.q, p.q_stride, p.batch, p.heads_q, p.seqlen_q) &&
          fits_tma(p.out, p.out_stride, p.batch, p.heads_q, p.seqlen_q) &&
          fits_tma(p.v, p.v_stride, p.batch, p.heads_kv, p.seqlen_k) &&
