@@ -4,8 +4,8 @@
 
 prints the table and writes benchmarks/results/<name>.json and .csv with the machine named. Bytes
 are the window's keys and values, each read once; the streaming sum reads the same bytes with the
-same threads. On a CPU it says whether the shares that are asked for are met. LMINF_CPU_ISA times
-another instruction set (give it a --name of its own).
+same threads. `benchmarks.cpu` holds the figures against their bars. LMINF_CPU_ISA times another
+instruction set (give it a --name of its own).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from lminf_cuda.bench import interleaved_medians, machine
 
 RESULTS = Path(__file__).parent / "results"
 OURS, SDPA, STREAM = "lambda_decode", "sdpa, sliced cache", "streaming sum"
-LEAST_STREAM_SHARE, LEAST_TIMES_SDPA = 0.85, 1.5  # asked for on a CPU, in bfloat16
 
 
 def contenders(
@@ -58,22 +57,6 @@ def contenders(
         STREAM: lambda: [cache.sum() for cache in words],
     }
     return functions, ring_k.nbytes + ring_v.nbytes
-
-
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """One line for each batch size and each share that is asked for."""
-    lines = []
-    for row in rows:
-        if row["what"] == OURS:
-            asked = "of the streaming sum's rate", row["stream_share"], LEAST_STREAM_SHARE
-        elif row["what"] == SDPA:
-            asked = "times as fast as SDPA", row["times_ours"], LEAST_TIMES_SDPA
-        else:
-            continue
-        what, value, least = asked
-        met = "met" if value >= least else "NOT met"
-        lines.append(f"batch {row['batch']}: {value:.2f} {what}, asked for {least:.2f}: {met}")
-    return lines
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -136,8 +119,6 @@ def main() -> None:
     console = Console()
     console.print(json.dumps(facts), highlight=False, soft_wrap=True)
     console.print(table)
-    if device.type == "cpu" and args.dtype == "bfloat16":
-        print(*verdicts(rows), sep="\n")
 
     processor = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
     name = args.name or f"decode_{processor}_{facts['cores']}c_{args.dtype}_{shape}"
