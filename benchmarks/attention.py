@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.isa import LIMITS, hold_to
 from lminf_cuda.bench import PEERS, Shape, attention_rows, machine, write_rows
 from lminf_cuda.cli import print_bench
 
@@ -26,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--isa", choices=list(LIMITS), help="hold us and the peers to this (CPU)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=default.batch)
     parser.add_argument("--heads", type=int, default=default.heads)
@@ -41,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Time every dtype, print the table, write the results."""
     args = parse_arguments()
+    hold_to(args.isa)
     device = torch.device(args.device)
     shape = Shape(
         args.batch,
@@ -59,7 +62,8 @@ def main() -> None:
         )
     print_bench(rows, shape, facts)
     processor = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
-    name = args.name or f"attention_{processor}_{facts['cores']}c_{shape.name}"
+    limits = f"_{args.isa}" if args.isa else ""
+    name = args.name or f"attention_{processor}_{facts['cores']}c_{shape.name}{limits}"
     for path in write_rows(rows, shape, facts, RESULTS, name):
         print(path)
 

@@ -4,7 +4,8 @@
 
 prints the table and writes benchmarks/results/<name>.json and .csv with the machine named. Bytes
 are the window's keys and values, each read once; the streaming sum reads the same bytes with the
-same threads.
+same threads. `benchmarks.cpu` holds the figures against their bars. LMINF_CPU_ISA times another
+instruction set (give it a --name of its own).
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def contenders(
     return functions, ring_k.nbytes + ring_v.nbytes
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; the default is a layer of an 8B model."""
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or `words` instead; the default is a layer of an 8B model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -71,14 +72,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n-global", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--name", help="of the result files; default: processor and shape")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    """Time every batch size, print the table, write the results."""
-    args = parse_arguments()
+def decode_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Median times and rates of all contenders at every batch size."""
     device = torch.device(args.device)
-    facts = machine(device)
     rows: list[dict[str, Any]] = []
     for batch in args.batches:
         functions, n_bytes = contenders(args, batch, device)
@@ -95,6 +94,14 @@ def main() -> None:
                     "stream_share": medians[STREAM] / seconds,
                 }
             )
+    return rows
+
+
+def main() -> None:
+    """Time every batch size, print the table, write the results."""
+    args = parse_arguments()
+    facts = machine(torch.device(args.device))
+    rows = decode_rows(args)
 
     shape = f"h{args.heads}_kv{args.kv_heads}_d{args.head_dim}_w{args.window}_g{args.n_global}"
     table = Table(title=f"decode step, {args.dtype}, {shape.replace('_', ' ')}")

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.isa import LIMITS, hold_to
 from lminf_cuda.bench import interleaved_medians, machine, visible_pairs
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,22 +62,29 @@ def contender(
     ), flops
 
 
-def main() -> None:
-    """Time every variation in every dtype, print the table, write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+def variation_speeds(rounds: int) -> dict[str, dict[str, float]]:
+    """GFLOP/s by dtype and variation."""
     speeds: dict[str, dict[str, float]] = {}
-    for dtype in dtypes:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         calls = {name: contender(*what, dtype) for name, what in variations().items()}
         medians = interleaved_medians(
-            {name: call for name, (call, _) in calls.items()}, args.rounds, torch.device("cpu")
+            {name: call for name, (call, _) in calls.items()}, rounds, torch.device("cpu")
         )
         speeds[str(dtype).removeprefix("torch.")] = {
             name: flops / medians[name] / 1e9 for name, (_, flops) in calls.items()
         }
+    return speeds
+
+
+def main() -> None:
+    """Time every variation in every dtype, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--isa", choices=list(LIMITS), help="hold the kernels to this")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    hold_to(args.isa)
+    torch.manual_seed(0)
+    speeds = variation_speeds(args.rounds)
 
     facts = machine(torch.device("cpu"))
     table = Table(title="lambda_attn, GFLOP/s (share of the base shape's)")

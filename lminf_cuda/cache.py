@@ -490,7 +490,8 @@ class LambdaCache(Cache):
     for 8 heads of 128 dims in bfloat16), in memory that doubles when it is full.
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
-    over several calls (multi-turn chat, chunks of a long text).
+    over several calls (multi-turn chat, chunks of a long text). An encoder-decoder takes it as the
+    first part of `EncoderDecoderCache(LambdaCache(model), DynamicCache())`.
 
     Args:
         model: a model patched by `patch_model`, whose settings the cache takes.

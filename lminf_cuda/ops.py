@@ -146,6 +146,12 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
+def cpu_scratch_bytes() -> int:
+    """The most scratch memory that a CPU kernel has held on one thread since the last call of this
+    function, in bytes; 0 if none has run."""
+    return _C.cpu_scratch_bytes()
+
+
 def backends() -> tuple[str, ...]:
     """The devices that this build has kernels for."""
     keys = {"cpu": "CPU", "cuda": "CUDA"}

@@ -126,8 +126,9 @@ def test_speed():
 def test_cpp_tests_pass():
     """The planted faults are caught, and every PTX wrapper's host body is right."""
     folder = emulated.ROOT / "build" / "emulation"
-    emulated.build(folder, "emulation_test", "ptx_sm80_test")
-    for name in ("emulation_test", "ptx_sm80_test"):
+    names = ("emulation_test", "emulation_sm90_test", "ptx_sm80_test", "ptx_sm90_test")
+    emulated.build(folder, *names)
+    for name in names:
         done = subprocess.run([folder / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -72,12 +72,13 @@ def test_options(isa, option, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_leaks_from_padding_or_hidden_keys(isa, dtype):
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_nothing_leaks_from_padding_or_hidden_keys(isa, poison, dtype):
     n_global, window, bad = 3, 20, 70
     q, k, v = qkv(100, 100, batch=2, dtype=dtype)
     k_start = torch.tensor([0, -45])
     for x in (q, k, v):
-        x[1, :, :45] = NAN
+        x[1, :, :45] = poison
     score = options("rope", 2, 64)
     clean, _ = check_lambda_attn(
         "cpu", q, k, v, n_global=n_global, window=window, k_start=k_start, **score
@@ -85,14 +86,18 @@ def test_nothing_leaks_from_padding_or_hidden_keys(isa, dtype):
     rows = torch.arange(100)
     sees = (rows >= bad) & (rows - bad < window)
     for into in ("k", "v"):
-        k_bad = poisoned(k, (0, 0, bad), NAN) if into == "k" else k
-        v_bad = poisoned(v, (0, 0, bad), NAN) if into == "v" else v
+        k_bad = poisoned(k, (0, 0, bad), poison) if into == "k" else k
+        v_bad = poisoned(v, (0, 0, bad), poison) if into == "v" else v
         out, _ = call(
             "cpu", "lambda_attn", q, k_bad, v_bad, n_global, window, k_start=k_start, **score
         )
         torch.testing.assert_close(out[0, :, ~sees], clean[0, :, ~sees], rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(out[1], clean[1], rtol=1e-2, atol=1e-2)
-        assert out[0][:, sees].isnan().all()
+        if into == "v":  # the rows that see the key have what its value is
+            seen = out[0][:, sees]
+            assert (seen.isnan() if poison != poison else seen == poison).all()
+        elif poison != poison:
+            assert out[0][:, sees].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,6 +113,72 @@ def test_nothing_leaks_from_hidden_distances(isa, dtype):
     out, _ = call("cpu", "lambda_attn", q, k, v, 3, 40, **score)
     torch.testing.assert_close(out[0, 0, 90], clean[0, 0, 90], rtol=1e-2, atol=1e-2)
     assert out[0, 1, 90].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["none", "alibi", "softcap"])
+def test_a_visible_nan_reaches_its_rows(isa, option, dtype):
+    """Also through the softcap, whatever bounds its argument."""
+    q, k, v = qkv(300, 300, head_dim=64, dtype=dtype)
+    out, lse = call(
+        "cpu", "lambda_attn", q, poisoned(k, (0, 0, 40), NAN), v, 0, 50, **options(option, 2, 64)
+    )
+    rows = torch.arange(300)
+    sees = (rows >= 40) & (rows - 40 < 50)
+    assert out[0][:, sees].isnan().all() and lse[0][:, sees].isnan().all()
+    assert out[0][:, ~sees].isfinite().all() and lse[0][:, ~sees].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["subnormal keys", "subnormal values", "vanishing weights"])
+def test_subnormals_and_vanishing_weights(isa, monkeypatch, case, dtype):
+    """Subnormal inputs count as themselves or as 0, and weights underflow to 0, as on the portable
+    path."""
+    q, k, v = qkv(200, 200, head_dim=64, dtype=dtype)
+    tiny = torch.finfo(dtype).smallest_normal
+    atol = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    if case == "subnormal keys":
+        k = k * tiny / 8
+    elif case == "subnormal values":
+        v, atol = v * tiny / 8, tiny
+    else:
+        q, k = 8 * q, 8 * k
+    results = []
+    for path in (isa, "portable"):
+        monkeypatch.setenv("LMINF_CPU_ISA", path)
+        results.append(call("cpu", "lambda_attn", q, k, v, 3, 70))
+    for ours, portable in zip(*results, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, portable, rtol=1e-2, atol=atol)
+
+
+# heads_q, heads_kv, head_dim, window
+SCRATCH_SHAPES = [
+    (1, 1, 64, 256),
+    (2, 2, 128, 1024),
+    (2, 1, 128, 1 << 40),
+    (16, 1, 128, 1 << 40),
+    (40, 2, 64, 3000),
+    (2, 1, 256, 1 << 40),
+    (16, 1, 256, 1 << 40),
+    (1, 1, 512, 1 << 40),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SCRATCH_SHAPES, ids=str)
+def test_scratch_memory_stays_small(isa, shape, dtype):
+    """A thread holds less than 4 MB, and no more for a text twice as long (here mostly padding)."""
+    heads_q, heads_kv, head_dim, window = shape
+    used = []
+    for length in (20_000, 40_000):
+        q = torch.zeros(1, heads_q, 1200, head_dim, dtype=dtype)
+        k = torch.zeros(1, heads_kv, 1, head_dim, dtype=dtype).expand(-1, -1, length, -1)
+        k_start = torch.tensor([300 - length])
+        ops.cpu_scratch_bytes()
+        call("cpu", "lambda_attn", q, k, k, 16, window, k_start=k_start)
+        used.append(ops.cpu_scratch_bytes())
+    assert 0 < used[0] < 4_000_000 and used[1] == used[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,6 +220,42 @@ def test_decode(isa, option, head_dim, dtype):
     positions = torch.tensor([200_000_000, 400])
     score = options(option, 8, head_dim, 290)
     step("cpu", *(x[:, :, :1] for x in (q, k, v)), cache, positions, 290, **score)
+
+
+# heads_q, heads_kv, head_dim
+GROUPS = [(1, 1, 96), (4, 2, 160), (3, 1, 64), (8, 1, 128), (12, 1, 256), (17, 1, 80)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_decode_over_a_long_window(isa, group, dtype):
+    """Many blocks of keys on both sides of the seam, for each number of heads that share a key."""
+    heads_q, heads_kv, head_dim = group
+    window, n_global = 4300, 70
+    caches = [(1, heads_kv, window + 5, head_dim)] * 2 + [(1, heads_kv, n_global, head_dim)] * 2
+    cache = Cache(*randn(3, *caches, dtype=dtype))
+    q, k, v = randn(4, (1, heads_q, 1, head_dim), *[(1, heads_kv, 1, head_dim)] * 2, dtype=dtype)
+    position = torch.tensor([window + 5 + 2100])
+    step("cpu", q, k, v, cache, position, window, **options("rope", heads_q, head_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+@pytest.mark.parametrize("heads", [1, 4, 20])
+def test_a_value_that_is_not_finite_stays_in_its_dim(isa, heads, bad, dtype):
+    window, head_dim, dim = 200, 64, 11
+    caches = [(1, 1, window, head_dim)] * 2 + [(1, 1, 3, head_dim)] * 2
+    cache = Cache(*randn(5, *caches, dtype=dtype))
+    q, k, v = randn(6, (1, heads, 1, head_dim), *[(1, 1, 1, head_dim)] * 2, dtype=dtype)
+    q = q / 8  # no probability so small that it is taken for 0
+    position = torch.tensor([1000])
+    clean, _ = call("cpu", "lambda_decode", q, k, v, *cache.tensors(), position, window)
+    cache.ring_v[0, 0, 77, dim] = bad
+    out, _ = call("cpu", "lambda_decode", q, k, v, *cache.tensors(), position, window)
+    others = torch.arange(head_dim) != dim
+    torch.testing.assert_close(out[..., others], clean[..., others], rtol=2e-2, atol=2e-2)
+    expected = torch.full((1, heads, 1), bad, dtype=dtype)
+    torch.testing.assert_close(out[..., dim], expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

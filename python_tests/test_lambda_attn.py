@@ -338,11 +338,12 @@ def test_a_bias_for_every_distance(backend, option, limit, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("n_global", [0, 3, 40])
-def test_a_hidden_distance_is_never_seen(backend, n_global, poison):
+def test_a_hidden_distance_is_never_seen(backend, n_global, poison, dtype):
     """Whatever stands there, with a softcap and a sink, too; a row that hides all has out 0."""
-    q, k, v = qkv(100, 100, heads_q=4, heads_kv=2)
+    q, k, v = qkv(100, 100, heads_q=4, heads_kv=2, dtype=dtype)
     bad, hidden = 50, torch.tensor([True, False, True, False])
     table = biases(4, 30)
     table[hidden] = -INF

@@ -83,9 +83,10 @@ inline void load_row(const T* src, int dim, float* dst, int padded) {
   for (; d < padded; ++d) dst[d] = 0.0f;
 }
 
+// The first `dim` floats of a row, times `factor`, as values of any type.
 template <typename T>
-inline void store_row(const float* src, int dim, T* dst) {
+inline void store_row(const float* src, int dim, T* dst, float factor = 1.0f) {
   int d = 0;
-  for (; d + kLanes <= dim; d += kLanes) vstore(dst + d, vload(src + d));
-  for (; d < dim; ++d) from_float(src[d], dst[d]);
+  for (; d + kLanes <= dim; d += kLanes) vstore(dst + d, vmul(vload(src + d), vset(factor)));
+  for (; d < dim; ++d) from_float(src[d] * factor, dst[d]);
 }

@@ -84,4 +84,10 @@ const Kernels& kernels() {
                               ", or unset it to take the first of them");
 }
 
+KernelPlan lambda_attn_plan(const LambdaAttnParams& params, int threads) {
+  KernelPlan plan = kernels().lambda_attn_plan(params, threads);
+  plan.kernel = kernels().isa;
+  return plan;
+}
+
 }  // namespace lminf::cpu

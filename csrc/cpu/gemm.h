@@ -1,12 +1,14 @@
 // The inner products: C[M, N] = A[M, K] B[K, N], or +=, over packed tiles that fit the first cache
 // levels. Included inside namespace lminf::cpu::LMINF_ISA.
 //
-//   float : A row-major, B row-major (N contiguous).
-//   bf16  : A row-major, B in pairs: B[K / 2][N][2], so that one dword holds two consecutive k of a
-//   column.
+// A and C are row-major with lda and ldc elements from row to row. B stands in panels of kLanes
+// columns, ldb elements from panel to panel, so that a walk down some columns reads memory in one
+// piece:
 //
-// M is anything; N is a multiple of kLanes; K is a multiple of kKGrain<T>. lda, ldb, ldc are in
-// elements of a row (for bf16 B: of a pair row, counted in columns).
+//   float : [N / kLanes][K][kLanes]
+//   bf16  : [N / 16][K / 2][16][2], so that one dword holds two consecutive k of a column
+//
+// M is anything; N is a multiple of kLanes; K is a multiple of kKGrain<T>.
 
 template <typename T>
 constexpr int kKGrain = 1;
@@ -25,7 +27,7 @@ inline void block_f32(int K, const float* A, int64_t lda, const float* B, int64_
   for (int k = 0; k < K; ++k) {
     Vec b[kCols];
     LMINF_UNROLL
-    for (int c = 0; c < kCols; ++c) b[c] = vload(B + k * ldb + c * kLanes);
+    for (int c = 0; c < kCols; ++c) b[c] = vload(B + k * kLanes + c * ldb);
     LMINF_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec a = vset(A[r * lda + k]);
@@ -41,25 +43,24 @@ inline void block_f32(int K, const float* A, int64_t lda, const float* B, int64_
 }
 
 // Registers: 32 vectors hold 12 x 2 sums with their operands, 16 hold 6 x 2.
-constexpr int kBlockRows = LMINF_LANES == 16 ? 12 : 6;
-constexpr int kBlockCols = 2;
+constexpr int kUnitRows = LMINF_LANES == 16 ? 12 : 6;
+constexpr int kUnitCols = 2;
 
-// Walks C in blocks: `Block::run<kAccumulate, kRows, kCols>(row, col)` computes one of them.
+// Walks C in blocks: `Block::run<kRows, kCols>(row, col)` computes one of them. One strip of B at a
+// time, so that it stays in the first cache level for all the rows.
 template <typename Block>
 inline void for_each_block(int M, int N, const Block& block) {
-  int m = 0;
-  const auto rows_left = [&](auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    for (; m + kRows <= M; m += kRows) {
-      int n = 0;
-      for (; n + kBlockCols * kLanes <= N; n += kBlockCols * kLanes)
-        block.template run<kRows, kBlockCols>(m, n);
-      for (; n < N; n += kLanes) block.template run<kRows, 1>(m, n);
-    }
+  const auto strip = [&](int n, auto cols) {
+    constexpr int kCols = decltype(cols)::value;
+    int m = 0;
+    for (; m + kUnitRows <= M; m += kUnitRows) block.template run<kUnitRows, kCols>(m, n);
+    for (; m + 4 <= M; m += 4) block.template run<4, kCols>(m, n);
+    for (; m < M; ++m) block.template run<1, kCols>(m, n);
   };
-  rows_left(std::integral_constant<int, kBlockRows>{});
-  rows_left(std::integral_constant<int, 4>{});
-  rows_left(std::integral_constant<int, 1>{});
+  int n = 0;
+  for (; n + kUnitCols * kLanes <= N; n += kUnitCols * kLanes)
+    strip(n, std::integral_constant<int, kUnitCols>{});
+  for (; n < N; n += kLanes) strip(n, std::integral_constant<int, 1>{});
 }
 
 template <bool kAccumulate>
@@ -73,7 +74,8 @@ struct BlockF32 {
   int64_t ldc;
   template <int kRows, int kCols>
   void run(int m, int n) const {
-    block_f32<kAccumulate, kRows, kCols>(K, A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc);
+    block_f32<kAccumulate, kRows, kCols>(K, A + m * lda, lda, B + n / kLanes * ldb, ldb,
+                                         C + m * ldc + n, ldc);
   }
 };
 
@@ -144,12 +146,18 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Compilers do not know that the tile instructions read memory: stores of ours that they are to see
+// have to be done before this.
+inline void settle_stores() { asm volatile("" ::: "memory"); }
+
+inline void load_tile_config(const TileConfig& config) {
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
 // For as long as it lives, this thread's tile registers are configured.
 struct MatrixUnit {
-  MatrixUnit() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
+  MatrixUnit() { load_tile_config(TileConfig()); }
   ~MatrixUnit() { _tile_release(); }
 };
 
@@ -193,6 +201,7 @@ inline void tile_block(int K, const bf16* A, int64_t lda, const bf16* B, int64_t
 template <bool kAccumulate>
 inline void gemm(int M, int N, int K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb,
                  float* C, int64_t ldc) {
+  settle_stores();
   int n = 0;
   const int tiled = M / 16 * 16;
   // One strip of B at a time, so that it stays in the first cache level for all the rows.

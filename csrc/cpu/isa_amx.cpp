@@ -11,7 +11,11 @@ LMINF_BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx51
 LMINF_END_TARGET
 namespace lminf::cpu {
 extern const Kernels k_amx;
-const Kernels k_amx = {"amx", amx::run_lambda_attn, amx::run_lambda_decode, amx::run_clamped_rope,
+const Kernels k_amx = {"amx",
+                       amx::run_lambda_attn,
+                       amx::plan_lambda_attn,
+                       amx::run_lambda_decode,
+                       amx::run_clamped_rope,
                        amx::run_middle_topk};
 }  // namespace lminf::cpu
 #endif

@@ -28,6 +28,8 @@ inline const Threads& serial() {
 struct Kernels {
   const char* isa;  // "amx", "avx512_bf16", "avx512", "avx2", "portable"
   void (*lambda_attn)(const LambdaAttnParams&, const Threads&);
+  // How lambda_attn is cut for so many threads; `kernel` is left empty.
+  KernelPlan (*lambda_attn_plan)(const LambdaAttnParams&, int threads);
   void (*lambda_decode)(const LambdaDecodeParams&, const Threads&);
   void (*clamped_rope)(const ClampedRopeParams&, const Threads&);
   void (*middle_topk)(const MiddleTopkParams&, const Threads&);

@@ -5,46 +5,45 @@
 // of the three branches of core/lambda_mask.h: first the far branch, raw queries against keys
 // rotated by -max_distance, then the queries are rotated in place and meet the near and the window
 // branch. A key tile is rotated and packed once for all rows of the task, and kept for the thread's
-// next tasks, which are the neighbouring queries. Within a tile, a block of kBlockM rows multiplies
-// only the columns that one of its rows sees; since a branch is a band of distances, what a row
-// sees of a tile is one range of columns, and only the ends of that range are masked.
+// next tasks, which are the neighbouring queries. Within a tile, a block of kBlockRows<E> rows
+// multiplies only the columns that one of its rows sees; since a branch is a band of distances,
+// what a row sees of a tile is one range of columns, and only the ends of that range are masked.
 
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
 
 // Distances that the queries of a block have to the keys of a tile.
-constexpr int64_t kBiasStride = kBlockM + kBlockN;
+template <typename E>
+constexpr int64_t kBiasStride = kBlockRows<E> + kTileKeys<E>;
 
 // What one thread needs for its tasks.
 template <typename E>
 struct AttnScratch {
-  // Float scores become probabilities in place; bf16 products read them rounded, from a buffer of
-  // their own.
-  static constexpr bool kInPlace = std::is_same_v<E, float>;
+  // Scores become probabilities in place: a rounded one never reaches past the score it comes from.
+  static constexpr int kProbStride = kScoreStride<E> * sizeof(float) / sizeof(E);
 
   AttnScratch(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary)
       : memory(bytes(rows, slots, dim_padded, rotary)),
-        rotation(memory, rotary),
+        rotation(memory, rotary, kTileKeys<E>),
         tiles(memory, slots, dim_padded) {
     queries = memory.take<E>(rows * dim_padded);
     states.max = memory.take<float>(rows);
     states.sum = memory.take<float>(rows * kLanes);
     states.out = memory.take<float>(rows * dim_padded);
-    scores = memory.take<float>(kBlockM * kScoreStride);
-    probs = kInPlace ? reinterpret_cast<E*>(scores) : memory.take<E>(kBlockM * kScoreStride);
+    scores = memory.take<float>(kBlockRows<E> * kScoreStride<E>);
+    probs = reinterpret_cast<E*>(scores);
     key_rows = memory.take<E>(kLanes * dim_padded);
     row = memory.take<float>(dim_padded);
-    biases = memory.take<float>(kMaxHeadsPerTask * kBiasStride);
+    biases = memory.take<float>(kMaxHeadsPerTask * kBiasStride<E>);
   }
 
   static size_t bytes(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary) {
-    return TileRotation::bytes(rotary) + TileCache<E>::bytes(slots, dim_padded) +
+    return TileRotation::bytes(rotary, kTileKeys<E>) + TileCache<E>::bytes(slots, dim_padded) +
            Scratch::bytes<E>(rows * dim_padded) + Scratch::bytes<float>(rows) +
            Scratch::bytes<float>(rows * kLanes) + Scratch::bytes<float>(rows * dim_padded) +
-           Scratch::bytes<float>(kBlockM * kScoreStride) +
-           Scratch::bytes<E>(kBlockM * kScoreStride) + Scratch::bytes<E>(kLanes * dim_padded) +
-           Scratch::bytes<float>(dim_padded) +
-           Scratch::bytes<float>(kMaxHeadsPerTask * kBiasStride);
+           Scratch::bytes<float>(kBlockRows<E> * kScoreStride<E>) +
+           Scratch::bytes<E>(kLanes * dim_padded) + Scratch::bytes<float>(dim_padded) +
+           Scratch::bytes<float>(kMaxHeadsPerTask * kBiasStride<E>);
   }
 
   Scratch memory;
@@ -52,16 +51,17 @@ struct AttnScratch {
   TileCache<E> tiles;
   RowStates states;
   E* queries;     // [rows][Dp]
-  float* scores;  // [kBlockM][kScoreStride]
-  E* probs;       // [kBlockM][kScoreStride]
+  float* scores;  // [kBlockRows<E>][kScoreStride<E>]
+  E* probs;       // [kBlockRows<E>][kProbStride]
   E* key_rows;    // [kLanes][Dp] on their way into a tile
   float* row;     // [Dp]
-  float* biases;  // [heads of a task][kBiasStride], see fill_biases
+  float* biases;  // [heads of a task][kBiasStride<E>], see fill_biases
 };
 
 template <typename T>
 class LambdaAttnForward {
   using E = PackedType<T>;
+  static constexpr int kProbStride = AttnScratch<E>::kProbStride;
   static constexpr int kExpDegree = std::is_same_v<E, float> ? 5 : 4;
 
  public:
@@ -69,7 +69,7 @@ class LambdaAttnForward {
       : p_(params), rotary_(rotary), dim_(static_cast<int>(params.head_dim)) {
     const int grain = std::max(kKGrain<E>, kLanes);
     dim_padded_ = (dim_ + grain - 1) / grain * grain;
-    block_rows_ = p_.window < 4 * kBlockN ? kBlockM / 2 : kBlockM;
+    block_rows_ = p_.window <= kSmallWindow ? kBlockRows<E> / 2 : kBlockRows<E>;
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     // A negative scale turns maxima into minima, so it is applied before they are taken.
@@ -79,12 +79,13 @@ class LambdaAttnForward {
   }
 
   void run(const Threads& threads) const {
-    const AttnPlan plan(p_, threads.count, kTaskRows, kMaxHeadsPerTask);
+    const AttnPlan plan = attn_plan(threads.count);
     const int64_t tasks = plan.tasks();
     // Neighbouring tasks go to one thread, in portions that leave every thread several.
     const int64_t portion = max64(1, tasks / (4 * threads.count));
     const int64_t workers = std::min<int64_t>(threads.count, (tasks + portion - 1) / portion);
-    const int64_t slots = TileCache<E>::slots_for(p_.window, plan.queries_per_task(), dim_padded_);
+    const int64_t slots = TileCache<E>::slots_for(min64(p_.window, p_.seqlen_k),
+                                                  plan.queries_per_task(), dim_padded_);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] const MatrixUnit matrix_unit;
@@ -96,6 +97,16 @@ class LambdaAttnForward {
     });
   }
 
+  KernelPlan plan(int threads) const {
+    const AttnPlan tasks = attn_plan(threads);
+    KernelPlan plan;
+    plan.block_m = tasks.rows_per_task();
+    plan.block_n = kTileKeys<E>;
+    plan.blocks = tasks.tasks();
+    plan.threads = threads;
+    return plan;
+  }
+
   // Multiply-adds of a forward at the most.
   int64_t work() const {
     const int64_t keys =
@@ -104,12 +115,37 @@ class LambdaAttnForward {
   }
 
  private:
-  void run_task(const AttnTask& t, AttnScratch<E>& s) const {
-    const int64_t rows = t.queries * t.heads;
-    std::fill(s.states.max, s.states.max + rows, minus_infinity());
-    std::fill(s.states.sum, s.states.sum + rows * kLanes, 0.0f);
-    std::fill(s.states.out, s.states.out + rows * dim_padded_, 0.0f);
+  // One branch of a task: its keys, and the key tiles that are still to be met.
+  struct Walk {
+    TileKind kind;
+    Branch branch;
+    KeySource<T> source;
+    int64_t begin, end;
 
+    Walk(TileKind kind, const Branch& branch, const KeySource<T>& source, Range queries)
+        : kind(kind), branch(branch), source(source) {
+      const TileRanges tiles = branch.empty()
+                                   ? TileRanges{0, 0, 0, 0}
+                                   : key_tiles(branch, queries, source.first, kTileKeys<E>);
+      begin = tiles.begin, end = tiles.end;
+    }
+    bool done() const { return end <= begin; }
+
+    // The last tiles that are left, `most` at most.
+    Range take(int64_t most) {
+      const Range taken = {max64(begin, end - most), end};
+      end = taken.lo;
+      return taken;
+    }
+  };
+
+  AttnPlan attn_plan(int threads) const {
+    const int64_t row_bytes = dim_padded_ * static_cast<int64_t>(sizeof(float) + sizeof(E));
+    const int64_t blocks = min64(kTaskRows, kRowBytes / row_bytes) / kBlockRows<E>;
+    return AttnPlan(p_, threads, max64(1, blocks) * kBlockRows<E>, kMaxHeadsPerTask);
+  }
+
+  void run_task(const AttnTask& t, AttnScratch<E>& s) const {
     const Range held = {t.key_position, t.key_position + t.keys};
     const KeySource<T> own = {
         head<T>(p_.k, p_.k_stride, t.batch, t.head_kv) + t.key_index * p_.k_stride.seq,
@@ -131,61 +167,87 @@ class LambdaAttnForward {
                 KeyFrame::kOwnPosition};
       global_held = {0, p_.n_global};
     }
-    KeySource<T> far = global;
-    far.frame = KeyFrame::kMaxDistance;
+    KeySource<T> far_source = global;
+    far_source.frame = KeyFrame::kMaxDistance;
 
-    const Branch far_keys = far_branch(global_held, p_.n_global, p_.max_distance);
-    if (!far_keys.empty() && !far_keys.visible_keys(positions(t)).empty()) {
-      load_queries(t, /*rotate=*/false, s);
-      run_branch(t, TileKind::kFar, far_keys, far, s);
+    const Range queries = {t.position, t.position + t.queries};
+    Walk far(TileKind::kFar, far_branch(global_held, p_.n_global, p_.max_distance), far_source,
+             queries);
+    Walk near(TileKind::kNear, near_branch(global_held, p_.n_global, p_.window, p_.max_distance),
+              global, queries);
+    Walk window(TileKind::kWindow, window_branch(held, p_.window), own, queries);
+
+    // Every block of rows meets as many tiles in one go as are kept at the same time; mostly that
+    // is all of them, and the block's queries and outputs stay in the first cache level.
+    const int64_t rows = t.queries * t.heads;
+    for (bool first = true, last = false; !last; first = false) {
+      const bool raw = !far.done();
+      const Range far_tiles = far.take(s.tiles.slots(far.kind));
+      const bool to_rotate = far.done() && (first || raw) && !(raw && rotary_.pairs == 0);
+      const Range near_tiles = far.done() ? near.take(s.tiles.slots(near.kind)) : Range{0, 0};
+      const Range window_tiles =
+          far.done() && near.done() ? window.take(s.tiles.slots(window.kind)) : Range{0, 0};
+      last = far.done() && near.done() && window.done();
+      for (int64_t row = 0; row < rows; row += block_rows_) {
+        const RowBlock b = {row, std::min<int64_t>(block_rows_, rows - row)};
+        if (first) {
+          std::fill_n(s.states.max + b.row, b.rows, minus_infinity());
+          std::fill_n(s.states.sum + b.row * kLanes, b.rows * kLanes, 0.0f);
+          std::fill_n(s.states.out + b.row * dim_padded_, b.rows * dim_padded_, 0.0f);
+          if (raw) load_queries(t, b, /*rotate=*/false, s);
+        }
+        if (raw) meet(t, far, far_tiles, b, s);
+        if (to_rotate) load_queries(t, b, /*rotate=*/true, s);
+        meet(t, near, near_tiles, b, s);
+        meet(t, window, window_tiles, b, s);
+        if (last) store(t, b, s);
+      }
     }
-    load_queries(t, /*rotate=*/true, s);
-    run_branch(t, TileKind::kNear,
-               near_branch(global_held, p_.n_global, p_.window, p_.max_distance), global, s);
-    run_branch(t, TileKind::kWindow, window_branch(held, p_.window), own, s);
-    store(t, s);
   }
-
-  static Range positions(const AttnTask& t) { return {t.position, t.position + t.queries}; }
 
   template <typename U>
   static const U* head(const void* base, const Strides& stride, int64_t batch, int64_t head) {
     return static_cast<const U*>(base) + batch * stride.batch + head * stride.head;
   }
 
-  void load_queries(const AttnTask& t, bool rotate, AttnScratch<E>& s) const {
+  // Some neighbouring rows of a task.
+  struct RowBlock {
+    int64_t row, rows;
+  };
+
+  void load_queries(const AttnTask& t, RowBlock b, bool rotate, AttnScratch<E>& s) const {
     float* cos = s.rotation.cos;
     float* sin = s.rotation.sin;
-    for (int64_t n = 0; n < t.queries; ++n) {
-      if (rotate && rotary_.pairs > 0)
+    int64_t n = b.row / t.heads, h = b.row % t.heads;
+    for (int64_t row = b.row; row < b.row + b.rows; ++row) {
+      const T* q =
+          head<T>(p_.q, p_.q_stride, t.batch, t.head_q + h) + (t.query + n) * p_.q_stride.seq;
+      if (rotate && rotary_.pairs > 0 && (h == 0 || row == b.row))
         rotation_table(t.position + n, rotary_, rotary_.scaling, cos, sin);
-      for (int64_t h = 0; h < t.heads; ++h) {
-        load_row(
-            head<T>(p_.q, p_.q_stride, t.batch, t.head_q + h) + (t.query + n) * p_.q_stride.seq,
-            dim_, s.row, dim_padded_);
+      E* out = s.queries + row * dim_padded_;
+      if (std::is_same_v<T, E> && rotary_.pairs == 0 && dim_ == dim_padded_) {
+        std::memcpy(out, q, dim_ * sizeof(E));
+      } else {
+        load_row(q, dim_, s.row, dim_padded_);
         rotate ? rotate_row(rotary_, cos, sin, s.row) : scale_rotary_dims(rotary_, s.row);
-        store_row(s.row, dim_padded_, s.queries + (n * t.heads + h) * dim_padded_);
+        store_row(s.row, dim_padded_, out);
       }
+      if (++h == t.heads) h = 0, ++n;
     }
   }
 
-  void run_branch(const AttnTask& t, TileKind kind, const Branch& branch,
-                  const KeySource<T>& source, AttnScratch<E>& s) const {
-    if (branch.empty()) return;
-    const TileRanges tiles = key_tiles(branch, positions(t), source.first, kBlockN);
-    // The latest keys first: with ALiBi they have the largest scores, which then stay the
-    // reference.
-    for (int64_t index = tiles.end - 1; index >= tiles.begin; --index) {
-      const int64_t first = source.first + index * kBlockN;
-      const auto& tile = s.tiles.get(kind, t.sequence, t.head_kv, index, [&](auto& slot) {
-        slot.finite = pack_tile(source, first, intersect(branch.keys, {first, first + kBlockN}),
-                                dim_, dim_padded_, rotary_, p_.max_distance, s.rotation, s.row,
-                                s.key_rows, slot.keys, slot.values);
+  // One block of rows against some tiles of a branch. The latest keys come first: with ALiBi they
+  // have the largest scores, which then stay the reference.
+  void meet(const AttnTask& t, const Walk& walk, Range tiles, RowBlock b, AttnScratch<E>& s) const {
+    for (int64_t index = tiles.hi - 1; index >= tiles.lo; --index) {
+      const int64_t first = walk.source.first + index * kTileKeys<E>;
+      const Range wanted = intersect(walk.branch.keys, {first, first + kTileKeys<E>});
+      const auto& tile = s.tiles.get(walk.kind, t.sequence, t.head_kv, index, [&](auto& slot) {
+        slot.finite =
+            pack_tile(walk.source, first, wanted, dim_, dim_padded_, rotary_, p_.max_distance,
+                      s.rotation, s.row, s.key_rows, slot.keys, slot.values);
       });
-      const int64_t rows = t.queries * t.heads;
-      for (int64_t row = 0; row < rows; row += kBlockM)
-        run_block(t, branch, source.frame, tile, first, row, std::min<int64_t>(kBlockM, rows - row),
-                  s);
+      run_block(t, walk.branch, walk.source.frame, tile, first, b.row, b.rows, s);
     }
   }
 
@@ -195,7 +257,8 @@ class LambdaAttnForward {
                  int64_t rows, AttnScratch<E>& s) const {
     const Range queries = {t.position + row0 / t.heads,
                            t.position + (row0 + rows - 1) / t.heads + 1};
-    const Range seen = intersect(branch.visible_keys(queries), {tile_first, tile_first + kBlockN});
+    const Range seen =
+        intersect(branch.visible_keys(queries), {tile_first, tile_first + kTileKeys<E>});
     if (seen.empty()) return;
     const int begin = static_cast<int>(seen.lo - tile_first) / kColGrain * kColGrain;
     const int end =
@@ -203,44 +266,43 @@ class LambdaAttnForward {
 
     const Operand<E> keys = keys_from(tile.keys, begin, dim_padded_);
     gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
-                dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride);
+                dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride<E>);
 
     if (p_.score.distance_bias != nullptr) fill_biases(t, queries.hi - 1 - tile_first, s);
-    const auto bias_of = [&](int64_t r) {
-      const int64_t i = t.position + (row0 + r) / t.heads;
-      return bias(t, frame, i, (row0 + r) % t.heads, tile_first, queries.hi - 1 - i, s);
+    const auto bias_of = [&](int64_t i, int64_t h) {
+      return bias(t, frame, i, h, tile_first, queries.hi - 1 - i, s);
     };
 
-    int lo[kBlockM], hi[kBlockM];
-    float tile_max[kBlockM];
+    int lo[kBlockRows<E>], hi[kBlockRows<E>];
+    float tile_max[kBlockRows<E>];
+    int64_t i = queries.lo, h = row0 % t.heads;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = t.position + (row0 + r) / t.heads;
       const Range row_sees = intersect(branch.visible_keys({i, i + 1}), seen);
-      float* scores = s.scores + r * kScoreStride;
+      float* scores = s.scores + r * kScoreStride<E>;
       lo[r] = static_cast<int>(row_sees.lo - tile_first);
       hi[r] = static_cast<int>(row_sees.hi - tile_first);
-      if (lo[r] >= hi[r]) continue;
-      tile_max[r] = scores_max(map_, bias_of(r), scores, lo[r], hi[r]);
+      if (lo[r] < hi[r]) tile_max[r] = scores_max<E>(map_, bias_of(i, h), scores, lo[r], hi[r]);
+      if (++h == t.heads) h = 0, ++i;
     }
     for (int64_t r = 0; r < rows; ++r)
       softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
-                              s.scores + r * kScoreStride, s.probs + r * kScoreStride, lo[r], hi[r],
-                              begin, end, map_.factor, tile_max[r]);
+                              s.scores + r * kScoreStride<E>, s.probs + r * kProbStride, lo[r],
+                              hi[r], begin, end, map_.factor, tile_max[r]);
 
     if (tile.finite) {
-      const Operand<E> values = values_from(tile.values, begin, dim_padded_);
-      gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kScoreStride,
+      const Operand<E> values = values_from(tile.values, begin);
+      gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kProbStride,
                  values.data, values.ld, s.states.out + row0 * dim_padded_, dim_padded_);
       return;
     }
     // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
     for (int64_t r = 0; r < rows; ++r) {
       float* out = s.states.out + (row0 + r) * dim_padded_;
-      const float* table = bias_of(r).table;
+      const float* table = bias_of(t.position + (row0 + r) / t.heads, (row0 + r) % t.heads).table;
       for (int key = lo[r]; key < hi[r]; ++key) {
         if (table != nullptr && table[key] == minus_infinity()) continue;
-        const float p = to_float(s.probs[r * kScoreStride + key]);
-        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(tile.values, dim_padded_, key, d);
+        const float p = to_float(s.probs[r * kProbStride + key]);
+        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(tile.values, key, d);
       }
     }
   }
@@ -249,7 +311,8 @@ class LambdaAttnForward {
   // first key, and for the queries before it the same from a later entry on.
   void fill_biases(const AttnTask& t, int64_t distance, AttnScratch<E>& s) const {
     for (int64_t h = 0; h < t.heads; ++h)
-      biases_by_column(p_.score, t.head_q + h, distance, kBiasStride, s.biases + h * kBiasStride);
+      biases_by_column(p_.score, t.head_q + h, distance, kBiasStride<E>,
+                       s.biases + h * kBiasStride<E>);
   }
 
   // Of the query at position i, which stands so many `queries_before` the block's last.
@@ -259,23 +322,25 @@ class LambdaAttnForward {
     RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : i - tile_first),
                     far ? 0.0f : 1.0f};
     if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[t.head_q + h];
-    if (p_.score.distance_bias != nullptr) bias.table = s.biases + h * kBiasStride + queries_before;
+    if (p_.score.distance_bias != nullptr)
+      bias.table = s.biases + h * kBiasStride<E> + queries_before;
     return bias;
   }
 
-  void store(const AttnTask& t, AttnScratch<E>& s) const {
-    for (int64_t row = 0; row < t.queries * t.heads; ++row) {
-      const int64_t n = t.query + row / t.heads, h = t.head_q + row % t.heads;
+  void store(const AttnTask& t, RowBlock b, AttnScratch<E>& s) const {
+    const bool has_sink = p_.score.sink_logits != nullptr;
+    int64_t n = t.query + b.row / t.heads, h = b.row % t.heads;
+    for (int64_t row = b.row; row < b.row + b.rows; ++row) {
+      const int64_t head = t.head_q + h;
       const SoftmaxState state = {s.states.max[row],
                                   vreduce_add(vload(s.states.sum + row * kLanes))};
-      const bool has_sink = p_.score.sink_logits != nullptr;
-      const SoftmaxEnd end = finish(state, has_sink, has_sink ? p_.score.sink_logits[h] : 0.0f);
-      float* out = s.states.out + row * dim_padded_;
-      scale_row(out, dim_padded_, end.out_scale);
-      store_row(out, dim_,
-                static_cast<T*>(p_.out) + t.batch * p_.out_stride.batch + h * p_.out_stride.head +
-                    n * p_.out_stride.seq);
-      p_.lse[(t.batch * p_.heads_q + h) * p_.seqlen_q + n] = end.lse;
+      const SoftmaxEnd end = finish(state, has_sink, has_sink ? p_.score.sink_logits[head] : 0.0f);
+      store_row(s.states.out + row * dim_padded_, dim_,
+                static_cast<T*>(p_.out) + t.batch * p_.out_stride.batch +
+                    head * p_.out_stride.head + n * p_.out_stride.seq,
+                end.out_scale);
+      p_.lse[(t.batch * p_.heads_q + head) * p_.seqlen_q + n] = end.lse;
+      if (++h == t.heads) h = 0, ++n;
     }
   }
 

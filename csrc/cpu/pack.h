@@ -1,9 +1,10 @@
 // Key and value tiles in the layouts that gemm.h multiplies by.
 // Included inside namespace lminf::cpu::LMINF_ISA.
 //
-//   keys   : transposed, B of Q Kᵀ:  float [Dp][kBlockN]      bf16 panels [kBlockN / 16][Dp /
-//   2][16][2] values : B of P V:               float [kBlockN][Dp]      bf16 panels [Dp /
-//   16][kBlockN / 2][16][2]
+//   keys   : transposed, B of Q Kᵀ    float [keys / kLanes][Dp][kLanes]
+//                                     bf16  [keys / 16][Dp / 2][16][2]
+//   values : B of P V                 float [Dp / kLanes][keys][kLanes]
+//                                     bf16  [Dp / 16][keys / 2][16][2]
 
 // dst[c][r] = src[r][c] for a square of kLanes x kLanes dwords.
 #if LMINF_LANES == 16
@@ -70,10 +71,11 @@ inline void transpose_square(const uint32_t* src, int64_t lds, uint32_t* dst, in
 #endif
 
 // kLanes finished rows of keys, [kLanes][Dp], into columns of the packed tile.
-inline void pack_key_rows(const float* rows, int dim_padded, float* tile, int column) {
+inline void pack_key_rows(const float* rows, int64_t stride, int dim_padded, float* tile,
+                          int column) {
   for (int d = 0; d < dim_padded; d += kLanes)
-    transpose_square(reinterpret_cast<const uint32_t*>(rows) + d, dim_padded,
-                     reinterpret_cast<uint32_t*>(tile) + d * kBlockN + column, kBlockN);
+    transpose_square(reinterpret_cast<const uint32_t*>(rows) + d, stride,
+                     reinterpret_cast<uint32_t*>(tile) + column * dim_padded + d * kLanes, kLanes);
 }
 
 // Values of keys [lo, hi) of a tile into its rows [begin, end), zeros where no key is wanted; `v`
@@ -81,32 +83,36 @@ inline void pack_key_rows(const float* rows, int dim_padded, float* tile, int co
 template <typename T>
 inline bool pack_values(const T* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
                         int dim_padded, float* tile) {
-  uint32_t nonfinite = 0;
+  Vec difference = vset(0.0f);  // x - x is NaN for what is not finite, and then stays in the sum
   for (int key = begin; key < end; ++key) {
-    float* row = tile + key * dim_padded;
-    if (key < lo || key >= hi) {
-      std::memset(row, 0, dim_padded * sizeof(float));
-      continue;
-    }
-    load_row(v + key * stride, dim, row, dim_padded);
-    for (int d = 0; d < dim_padded; ++d) {
-      uint32_t bits;
-      std::memcpy(&bits, row + d, 4);
-      nonfinite |= (bits & 0x7f800000u) == 0x7f800000u;
+    const T* row = key < lo || key >= hi ? nullptr : v + key * stride;
+    float* column = tile + key * kLanes;
+    for (int d = 0; d < dim_padded; d += kLanes, column += kTileKeys<float> * kLanes) {
+      Vec x = vset(0.0f);
+      if (row != nullptr && d + kLanes <= dim) {
+        x = vload(row + d);
+      } else if (row != nullptr) {
+        float left[kLanes] = {};
+        for (int n = d; n < dim; ++n) left[n - d] = to_float(row[n]);
+        x = vload(left);
+      }
+      vstore(column, x);
+      difference = vadd(difference, vsub(x, x));
     }
   }
-  return nonfinite == 0;
+  return vreduce_add(difference) == 0.0f;
 }
 
-inline float packed_value(const float* tile, int dim_padded, int key, int d) {
-  return tile[key * dim_padded + d];
+inline float packed_value(const float* tile, int key, int d) {
+  return tile[d / kLanes * kLanes * kTileKeys<float> + key * kLanes + d % kLanes];
 }
 
 #if LMINF_BF16
-inline void pack_key_rows(const bf16* rows, int dim_padded, bf16* tile, int column) {
+inline void pack_key_rows(const bf16* rows, int64_t stride, int dim_padded, bf16* tile,
+                          int column) {
   const int pairs = dim_padded / 2;  // two dims a dword
   for (int d = 0; d < pairs; d += 16)
-    transpose_square(reinterpret_cast<const uint32_t*>(rows) + d, pairs,
+    transpose_square(reinterpret_cast<const uint32_t*>(rows + 2 * d), stride / 2,
                      reinterpret_cast<uint32_t*>(tile) + (column / 16 * pairs + d) * 16, 16);
 }
 
@@ -127,14 +133,14 @@ inline bool pack_values(const bf16* v, int64_t stride, int lo, int hi, int begin
       const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(a),
                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
       nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
-      _mm512_storeu_si512(tile + d * kBlockN + key * 16, pair);
+      _mm512_storeu_si512(tile + d * kTileKeys<bf16> + key * 16, pair);
     }
   }
   return nonfinite == 0;
 }
 
-inline float packed_value(const bf16* tile, int /*dim_padded*/, int key, int d) {
-  return to_float(tile[d / 16 * 16 * kBlockN + key / 2 * 32 + d % 16 * 2 + key % 2]);
+inline float packed_value(const bf16* tile, int key, int d) {
+  return to_float(tile[d / 16 * 16 * kTileKeys<bf16> + key / 2 * 32 + d % 16 * 2 + key % 2]);
 }
 #endif
 
@@ -148,14 +154,12 @@ struct Operand {
 
 template <typename E>
 inline Operand<E> keys_from(const E* tile, int begin, int dim_padded) {
-  if constexpr (std::is_same_v<E, float>) return {tile + begin, kBlockN};
-  return {tile + begin * dim_padded, 16 * dim_padded};
+  return {tile + begin * dim_padded, kLanes * dim_padded};
 }
 
 template <typename E>
-inline Operand<E> values_from(const E* tile, int begin, int dim_padded) {
-  if constexpr (std::is_same_v<E, float>) return {tile + begin * dim_padded, dim_padded};
-  return {tile + begin * 16, 16 * kBlockN};
+inline Operand<E> values_from(const E* tile, int begin) {
+  return {tile + begin * kLanes, kLanes * kTileKeys<E>};
 }
 
 // Rotations for the keys of one tile: the angle at the tile's first position, from float64, and the
@@ -163,23 +167,22 @@ inline Operand<E> values_from(const E* tile, int begin, int dim_padded) {
 struct TileRotation {
   float* base_cos;  // [pairs]
   float* base_sin;
-  float* offset_cos;  // [kBlockN][pairs]
+  float* offset_cos;  // [keys][pairs]
   float* offset_sin;
   float* cos;  // [pairs] of the row at hand
   float* sin;
 
-  TileRotation(Scratch& scratch, const Rotary& rotary) {
+  TileRotation(Scratch& scratch, const Rotary& rotary, int keys) {
     const size_t n = rotary.pairs;
     base_cos = scratch.take<float>(n), base_sin = scratch.take<float>(n);
     cos = scratch.take<float>(n), sin = scratch.take<float>(n);
-    offset_cos = scratch.take<float>(n * kBlockN), offset_sin = scratch.take<float>(n * kBlockN);
-    for (int o = 0; o < kBlockN; ++o)
+    offset_cos = scratch.take<float>(n * keys), offset_sin = scratch.take<float>(n * keys);
+    for (int o = 0; o < keys; ++o)
       rotation_table(o, rotary, 1.0f, offset_cos + o * n, offset_sin + o * n);
   }
 
-  static size_t bytes(const Rotary& rotary) {
-    return 4 * Scratch::bytes<float>(rotary.pairs) +
-           2 * Scratch::bytes<float>(rotary.pairs * kBlockN);
+  static size_t bytes(const Rotary& rotary, int keys) {
+    return 4 * Scratch::bytes<float>(rotary.pairs) + 2 * Scratch::bytes<float>(rotary.pairs * keys);
   }
 };
 
@@ -219,9 +222,9 @@ inline void prepare_key(const T* k, int key, bool rotate, KeyFrame frame, int di
   store_row(row, dim_padded, out);
 }
 
-// Packs the keys at positions [tile_first, tile_first + kBlockN) of which only `wanted` are keys;
-// the others become zeros, whatever memory holds there. `rows` is room for kLanes keys, `row` for
-// one in float. Returns whether all values are finite.
+// Packs the keys at positions [tile_first, tile_first + kTileKeys<E>) of which only `wanted` are
+// keys; the others become zeros, whatever memory holds there. `rows` is room for kLanes keys, `row`
+// for one in float. Returns whether all values are finite.
 template <typename T, typename E>
 inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range wanted, int dim,
                       int dim_padded, const Rotary& rotary, int64_t max_distance,
@@ -235,7 +238,17 @@ inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range want
   const int64_t index0 = tile_first - source.first;  // of the tile's first key; may be negative
   const int begin = lo / kColGrain * kColGrain;
   const int end = (hi + kColGrain - 1) / kColGrain * kColGrain;
+  // Rows that are packed just as they stand need no copy. (An odd stride splits pairs of bf16.)
+  const bool as_they_stand = std::is_same_v<T, E> && rotary.pairs == 0 && dim == dim_padded &&
+                             source.k_stride * sizeof(E) % 4 == 0;
   for (int block = begin; block < end; block += kLanes) {
+    if constexpr (std::is_same_v<T, E>) {
+      if (as_they_stand && lo <= block && block + kLanes <= hi) {
+        pack_key_rows(source.k + (index0 + block) * source.k_stride, source.k_stride, dim_padded,
+                      k_tile, block);
+        continue;
+      }
+    }
     for (int r = 0; r < kLanes; ++r) {
       const int key = block + r;
       E* out = rows + r * dim_padded;
@@ -247,7 +260,7 @@ inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range want
       prepare_key(source.k + (index0 + key) * source.k_stride, key, rotate, source.frame, dim,
                   dim_padded, rotary, rotation, row, out);
     }
-    pack_key_rows(rows, dim_padded, k_tile, block);
+    pack_key_rows(rows, dim_padded, dim_padded, k_tile, block);
   }
   return pack_values(source.v + index0 * source.v_stride, source.v_stride, lo, hi, begin, end, dim,
                      dim_padded, v_tile);
@@ -272,8 +285,8 @@ class TileCache {
   TileCache(Scratch& scratch, int64_t slots, int dim_padded) : slots_(slots) {
     tiles_ = scratch.take<Tile>(slots + 2);
     for (int64_t n = 0; n < slots + 2; ++n) {
-      E* keys = scratch.take<E>(dim_padded * kBlockN);
-      E* values = scratch.take<E>(dim_padded * kBlockN);
+      E* keys = scratch.take<E>(dim_padded * kTileKeys<E>);
+      E* values = scratch.take<E>(dim_padded * kTileKeys<E>);
       tiles_[n] = {keys, values, true, 0, 0, -1, TileKind::kWindow};
     }
   }
@@ -281,15 +294,18 @@ class TileCache {
   // Slots for a window and the queries of a task, as far as kTileCacheBytes go.
   static int64_t slots_for(int64_t window, int64_t queries, int dim_padded) {
     const int64_t most =
-        kTileCacheBytes / (2 * kBlockN * dim_padded * static_cast<int64_t>(sizeof(E)));
-    const int64_t wanted = min64(window, kUnbounded) / kBlockN + queries / kBlockN + 3;
+        kTileCacheBytes / (2 * kTileKeys<E> * dim_padded * static_cast<int64_t>(sizeof(E))) - 2;
+    const int64_t wanted = window / kTileKeys<E> + queries / kTileKeys<E> + 3;
     return max64(1, min64(wanted, most));
   }
 
   static size_t bytes(int64_t slots, int dim_padded) {
     return Scratch::bytes<Tile>(slots + 2) +
-           2 * (slots + 2) * Scratch::bytes<E>(dim_padded * kBlockN);
+           2 * (slots + 2) * Scratch::bytes<E>(dim_padded * kTileKeys<E>);
   }
+
+  // Tiles of one kind that it keeps together.
+  int64_t slots(TileKind kind) const { return kind == TileKind::kWindow ? slots_ : 1; }
 
   // The tile, packed by `pack(tile)` unless it is here already.
   template <typename Pack>

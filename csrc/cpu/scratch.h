@@ -1,6 +1,7 @@
 // Cache-line aligned memory that a thread keeps between the tiles of one call.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +14,9 @@ class Scratch {
   explicit Scratch(size_t bytes)
       : base_(static_cast<char*>(std::aligned_alloc(kAlign, padded(bytes)))), size_(padded(bytes)) {
     if (base_ == nullptr) throw std::bad_alloc();
+    size_t before = largest();
+    while (before < size_ && !largest().compare_exchange_weak(before, size_)) {
+    }
   }
   ~Scratch() { std::free(base_); }
   Scratch(const Scratch&) = delete;
@@ -31,6 +35,12 @@ class Scratch {
   template <typename T>
   static size_t bytes(size_t count) {
     return padded(count * sizeof(T));
+  }
+
+  // The most bytes that one thread has held since this was last set to 0.
+  static std::atomic<size_t>& largest() {
+    static std::atomic<size_t> bytes{0};
+    return bytes;
   }
 
  private:

@@ -43,8 +43,17 @@ inline void biases_by_column(const ScoreParams& score, int64_t head, int64_t dis
   std::fill(out + behind, out + n, 0.0f);
 }
 
-// Columns [lo, hi) of a row of products become scores in units of log2; returns the largest.
-template <bool kSoftcap, bool kTable>
+// tanh as exactly as products of E are worth.
+template <typename E>
+inline Vec vtanh_for(Vec x) {
+#if LMINF_BF16
+  if constexpr (std::is_same_v<E, bf16>) return vtanh_rough(x);
+#endif
+  return vtanh(x);
+}
+
+// Columns [lo, hi) of a row of products of E become scores in units of log2; returns the largest.
+template <bool kSoftcap, bool kTable, typename E>
 inline float map_scores(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
   // Without a softcap log2(e) is part of the factors, with one it comes last.
   const float unit = kSoftcap ? 1.0f / map.softcap : kLog2e;
@@ -56,7 +65,7 @@ inline float map_scores(const ScoreMap& map, const RowBias& bias, float* row, in
     const Vec column = vadd(viota(), vset(static_cast<float>(c)));
     Vec s = vfma(vload(row + c), scale, vmul(slope, vfma(step, column, distance)));
     if (kTable) s = vfma(vload(bias.table + c), vset(unit), s);
-    if (kSoftcap) s = vmul(cap, vtanh(s));
+    if (kSoftcap) s = vmul(cap, vtanh_for<E>(s));
     if (kTable) s = vhide(s, vload(bias.table + c));
     vstore(row + c, s);
     largest = vmax(c < lo || c + kLanes > hi ? vkeep(s, lo - c, hi - c, none) : s, largest);
@@ -76,14 +85,15 @@ inline float row_max(const float* row, int lo, int hi) {
 
 // The largest score of columns [lo, hi) in units of log2, mapped in place where a factor is not all
 // there is.
+template <typename E = float>
 inline float scores_max(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
   if (!map.general) return row_max(row, lo, hi) * map.factor;
   if (bias.table != nullptr) {
-    return map.softcap > 0.0f ? map_scores<true, true>(map, bias, row, lo, hi)
-                              : map_scores<false, true>(map, bias, row, lo, hi);
+    return map.softcap > 0.0f ? map_scores<true, true, E>(map, bias, row, lo, hi)
+                              : map_scores<false, true, E>(map, bias, row, lo, hi);
   }
-  return map.softcap > 0.0f ? map_scores<true, false>(map, bias, row, lo, hi)
-                            : map_scores<false, false>(map, bias, row, lo, hi);
+  return map.softcap > 0.0f ? map_scores<true, false, E>(map, bias, row, lo, hi)
+                            : map_scores<false, false, E>(map, bias, row, lo, hi);
 }
 
 // probs[c] = 2^(row[c] * factor - max) on [lo, hi), 0 on the rest of [begin, end); returns the sum

@@ -1,11 +1,21 @@
 // Tile sizes.
-// Included inside namespace lminf::cpu::LMINF_ISA.
+// Included inside namespace lminf::cpu::LMINF_ISA, before gemm.h has named what one product takes.
 
-// Keys of a packed tile.
-constexpr int kBlockN = 128;
+// Products of bf16 on matrix tiles.
+template <typename E>
+constexpr bool kOnMatrixTiles = LMINF_AMX && std::is_same_v<E, bf16>;
 
-// Rows of a block of scores: kBlockM x kBlockN floats and their rounded copy fit the first level.
-constexpr int kBlockM = 64;
+// Keys of a packed tile. Each tile of a row costs one turn of reading and writing the row's
+// outputs, which weighs more the faster the products are.
+template <typename E>
+constexpr int kTileKeys = kOnMatrixTiles<E> ? 256 : 128;
+
+// Rows of a block of scores: a multiple of what the micro-kernels take at once (gemm.h), few enough
+// for queries, scores and outputs to stay near the first cache level, and half of them for small
+// windows, since a block computes the columns of all its rows.
+template <typename E>
+constexpr int kBlockRows = kOnMatrixTiles<E> ? 32 : 48;
+constexpr int64_t kSmallWindow = 512;
 
 // Columns are skipped in steps of this: a multiple of the lanes, of what one step of a bf16 product
 // takes, and of the two keys of a pair.
@@ -13,11 +23,14 @@ constexpr int kColGrain = 32;
 
 // Floats from one row of scores to the next: a power of two would put the rows of a block into a
 // few sets of the cache.
-constexpr int kScoreStride = kBlockN + 32;
+template <typename E>
+constexpr int kScoreStride = kTileKeys<E> + 16;
 
-// What a thread keeps of packed tiles; with the rest of its scratch it stays under 4 MB.
+// What a thread keeps of packed tiles, and of queries with their outputs; with the rest of its
+// scratch it stays under 4 MB.
 constexpr int64_t kTileCacheBytes = int64_t{5} << 19;
+constexpr int64_t kRowBytes = int64_t{1} << 20;
 
-// Rows that meet a tile in one go; their queries and outputs fit the second level.
-constexpr int64_t kTaskRows = 256;
+// Rows of a task: a multiple of the rows of a block.
+constexpr int64_t kTaskRows = 288;
 constexpr int64_t kMaxHeadsPerTask = 16;

@@ -50,6 +50,15 @@ inline void run_lambda_attn(const LambdaAttnParams& p, const Threads& threads) {
       p.dtype, [&](auto element) { LambdaAttnForward<decltype(element)>(p, rotary).run(threads); });
 }
 
+inline KernelPlan plan_lambda_attn(const LambdaAttnParams& p, int threads) {
+  const Rotary none = {};
+  KernelPlan plan;
+  with_element_type(p.dtype, [&](auto element) {
+    plan = LambdaAttnForward<decltype(element)>(p, none).plan(threads);
+  });
+  return plan;
+}
+
 inline void run_lambda_decode(const LambdaDecodeParams& p, const Threads& threads) {
   const Frequencies frequencies(p.rope);
   const Rotary rotary = rotary_of(p.rope, frequencies);

@@ -63,6 +63,9 @@ inline void from_float(float x, f16& out) {
 
 constexpr int kLanes = LMINF_LANES;
 
+// Asks for the cache line of p, which may be any address.
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 #if LMINF_LANES == 16
 
 using Vec = __m512;
@@ -326,15 +329,31 @@ inline Vec vexp2m1_poly(Vec f) {
   return vmul(p, f);
 }
 
+#if LMINF_LANES == 16
+// 2^f for f in [0, 1], 1 at 0. Largest relative error by degree: 4: 3e-6, 5: 8e-8.
+template <int kDegree>
+inline Vec vexp2_poly(Vec f) {
+  // Weighted least squares, the weights moved toward equal relative errors.
+  constexpr float c[2][5] = {
+      {6.930448420e-01f, 2.412802180e-01f, 5.224245561e-02f, 1.342669250e-02f, 0},
+      {6.931513120e-01f, 2.401644491e-01f, 5.579991578e-02f, 9.017027603e-03f, 1.867131047e-03f}};
+  Vec p = vset(c[kDegree - 4][kDegree - 1]);
+  LMINF_UNROLL
+  for (int k = kDegree - 2; k >= 0; --k) p = vfma(p, f, vset(c[kDegree - 4][k]));
+  return vfma(p, f, vset(1.0f));
+}
+#endif
+
 // 2^x. Results below the smallest normal number are 0, since subnormal factors would slow every
 // product down; NaN stays NaN. Above the range, 128 <= x, only the 16-lane form is right; callers
 // keep below.
 template <int kDegree>
 inline Vec vexp2(Vec x) {
 #if LMINF_LANES == 16
+  // x - floor(x), and scalef takes the floor of its exponent: no rounding is spelt out.
+  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, vset(-126.0f), _CMP_NLT_UQ);
-  const Vec n = vround(x);
-  return _mm512_maskz_scalef_ps(normal, vadd(vexp2m1_poly<kDegree>(vsub(x, n)), vset(1.0f)), n);
+  return _mm512_maskz_scalef_ps(normal, vexp2_poly<kDegree>(f), x);
 #else
   // The second operand of vmax wins on NaN.
   const Vec clamped = vmax(vset(-127.0f), x);
@@ -355,3 +374,16 @@ inline Vec vtanh(Vec x) {
   const Vec t = vfma(power, vexp2m1_poly<6>(vsub(y, n)), vsub(power, vset(1.0f)));
   return vdiv(t, vadd(t, vset(2.0f)));
 }
+
+#if LMINF_BF16
+// tanh(x) within 1.5e-4 of itself, a tenth of what rounding x to bf16 costs: a rational function in
+// x^2 (weighted least squares for the relative error on [0, 5]) and an approximate reciprocal.
+inline Vec vtanh_rough(Vec x) {
+  const Vec bound = vset(5.0f), one = vset(1.0f);
+  x = _mm512_min_ps(bound, _mm512_max_ps(vset(-5.0f), x));  // the second operand wins on NaN
+  const Vec z = vmul(x, x);
+  const Vec p = vfma(vfma(vset(6.779e-4f), z, vset(1.027358e-1f)), z, one);
+  const Vec q = vfma(vfma(vset(1.290384e-2f), z, vset(4.3584784e-1f)), z, one);
+  return vmul(vmul(x, p), _mm512_rcp14_ps(q));
+}
+#endif

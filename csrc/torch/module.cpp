@@ -6,6 +6,7 @@
 #include <exception>
 
 #include "../cpu/kernels.h"
+#include "../cpu/scratch.h"
 #include "backend.h"
 #include "ops.h"
 
@@ -25,6 +26,10 @@ PyObject* cpu_isa(PyObject*, PyObject*) {
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;
   }
+}
+
+PyObject* cpu_scratch_bytes(PyObject*, PyObject*) {
+  return PyLong_FromSize_t(lminf::cpu::Scratch::largest().exchange(0));
 }
 
 // plan(call, capability, multiprocessors): what the attention op that `call` calls would run, as a
@@ -52,6 +57,8 @@ PyObject* plan(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS,
      "The instruction set that the CPU kernels use on this machine (see LMINF_CPU_ISA)."},
+    {"cpu_scratch_bytes", cpu_scratch_bytes, METH_NOARGS,
+     "The most scratch memory that a CPU kernel has held on one thread since the last call."},
     {"plan", plan, METH_VARARGS, "What the attention op that a function calls would run."},
     {nullptr, nullptr, 0, nullptr},
 };
