@@ -29,6 +29,7 @@ CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 # What an architecture's own code gains is its tuning of instructions; any newer one runs the PTX.
+# 9.0 gains whole kernels: `with_hopper`.
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 
@@ -70,6 +71,17 @@ def default_architectures(home: Path) -> str:
     return ";".join(known) + "+PTX"
 
 
+def with_hopper(architectures: str) -> str:
+    """The list with 9.0a where it names 9.0: the target that has Hopper's matrix instructions. The
+    kernels that use them are empty for all others, and absent when the list has no 9.0."""
+    names = architectures.replace("Hopper", "9.0+PTX").replace(" ", ";").split(";")
+    if "9.0a" not in names:
+        names = ["9.0a" if name == "9.0" else name for name in names]
+    if "9.0+PTX" in names and "9.0a" not in names:
+        names.append("9.0a")  # the PTX beside it is what newer devices run
+    return ";".join(names)
+
+
 def cuda_toolkit() -> Path | None:
     """Where to build the CUDA kernels from, or None; what was decided is said in one line."""
     if flag("LMINF_SKIP_CUDA_BUILD"):
@@ -82,7 +94,8 @@ def cuda_toolkit() -> Path | None:
             raise SystemExit(f"lminf_cuda: LMINF_FORCE_CUDA_BUILD is set, but there is {text}")
         print(f"lminf_cuda: {text}: building the CPU kernels alone")
         return None
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(home))
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper(chosen)
     print(f"lminf_cuda: CUDA from {home} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
     # A CPU-only torch looks for no toolkit; then it builds with this one all the same.
     cpp_extension.CUDA_HOME = str(home)
@@ -108,6 +121,8 @@ def extension() -> Extension:
     else:
         sources += files("cuda/*.cu")
         macros.append(("LMINF_WITH_CUDA", "1"))
+        if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
+            macros.append(("LMINF_WITH_SM90A", "1"))
         # The runtime is linked in: the module then needs nothing but a driver, and loads without.
         libraries = ["cudart_static", "rt", "dl", "pthread"]
         folders = dict(

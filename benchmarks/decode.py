@@ -4,7 +4,8 @@
 
 prints the table and writes benchmarks/results/<name>.json and .csv with the machine named. Bytes
 are the window's keys and values, each read once; the streaming sum reads the same bytes with the
-same threads.
+same threads. `benchmarks.cpu` holds the figures against their bars. LMINF_CPU_ISA times another
+instruction set (give it a --name of its own).
 """
 
 from __future__ import annotations

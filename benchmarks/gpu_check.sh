@@ -38,14 +38,16 @@ if [ -z "${LMINF_CARRIED:-}" ]; then
 fi
 
 if command -v nvcc > /dev/null; then
-  ptx_test() {
-    nvcc -std=c++17 --expt-relaxed-constexpr -arch="sm_$architecture" csrc/tests/ptx_sm80_test.cu \
-      -o build/ptx_sm80_test && build/ptx_sm80_test
+  ptx_test() {  # name, architecture
+    nvcc -std=c++17 --expt-relaxed-constexpr -gencode="arch=compute_$2,code=sm_$2" \
+      "csrc/tests/$1.cu" -o "build/$1" && "build/$1"
   }
   export -f ptx_test
-  export architecture
   mkdir -p build
-  step "PTX wrappers" 60 bash -c ptx_test
+  step "PTX wrappers" 60 bash -c "ptx_test ptx_sm80_test $architecture"
+  if [ "$architecture" = 90 ]; then
+    step "PTX wrappers of sm_90a" 120 bash -c "ptx_test ptx_sm90_test 90a"
+  fi
 fi
 
 step pytest 240 "$python" -m pytest -q -p no:cacheprovider -m cuda python_tests

@@ -67,7 +67,8 @@ def compile_one(source: Path, architecture: str) -> list[Kernel]:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    kernels, name, frame = [], "", (0, 0, 0)
+    kernels: list[Kernel] = []
+    name, frame = "", (0, 0, 0)
     for line in done.stderr.splitlines():
         if found := ENTRY.search(line):
             name = found.group(1)

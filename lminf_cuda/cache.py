@@ -116,6 +116,7 @@ class LambdaSettings:
         recurrent_states: of each layer the number of convolution or recurrent states that it keeps;
             empty for a model that has none.
         middle_top_k, middle_from_layer, middle_distance: of the middle tokens (middle.py).
+        cross_attends: of an encoder-decoder, whose cross-attention has a cache of its own.
         patch_id: tells the caches of one patched model from those of another. A deep copy of the
             model or of a cache keeps it.
     """
@@ -128,6 +129,7 @@ class LambdaSettings:
     middle_from_layer: int = 0
     middle_distance: int = 0
     recurrent_states: list[int] = field(default_factory=list)
+    cross_attends: bool = False
     patch_id: int = field(default_factory=lambda: next(_patch_ids))
 
     def __str__(self) -> str:
@@ -488,7 +490,8 @@ class LambdaCache(Cache):
     for 8 heads of 128 dims in bfloat16), in memory that doubles when it is full.
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
-    over several calls (multi-turn chat, chunks of a long text).
+    over several calls (multi-turn chat, chunks of a long text). An encoder-decoder takes it as the
+    first part of `EncoderDecoderCache(LambdaCache(model), DynamicCache())`.
 
     Args:
         model: a model patched by `patch_model`, whose settings the cache takes.

@@ -13,19 +13,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from .cache import LambdaCache
+from .cache import SETTINGS_ATTRIBUTE, LambdaCache
 
-__all__ = ["OVERRIDES", "check_cache"]
+__all__ = ["OVERRIDES", "lambda_cache", "new_cache"]
 
 
-def check_cache(cache: Any) -> None:
-    """Raises TypeError for a cache of another kind than a patched model takes."""
-    if not isinstance(cache, LambdaCache):
-        raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; a patched model takes a LambdaCache: "
-            "leave the argument out, or pass lminf_cuda.LambdaCache(model)"
+class _EncoderDecoderCache(EncoderDecoderCache):
+    """One that hands all its methods on to a LambdaCache as it does to a DynamicCache."""
+
+    def check_dynamic_cache(self, method: str) -> None:
+        pass
+
+
+def new_cache(model: Any) -> LambdaCache | EncoderDecoderCache:
+    """What a patched model or its decoder takes as past_key_values.
+
+    In an encoder-decoder the cross-attention keeps the library's own cache beside the LambdaCache.
+    """
+    cache = LambdaCache(model)
+    if not cache.settings.cross_attends:
+        return cache
+    return _EncoderDecoderCache(cache, DynamicCache())
+
+
+def lambda_cache(model: Any, cache: Any) -> LambdaCache:
+    """The LambdaCache in the past_key_values of a patched model or its decoder.
+
+    Raises:
+        TypeError: `cache` is of another kind than the model takes.
+    """
+    wanted, way_out = "a LambdaCache", "lminf_cuda.LambdaCache(model)"
+    own = cache
+    if getattr(model, SETTINGS_ATTRIBUTE).cross_attends:
+        wanted, way_out = (
+            "an EncoderDecoderCache around a LambdaCache",
+            "EncoderDecoderCache(lminf_cuda.LambdaCache(model), DynamicCache())",
         )
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else None
+    if not isinstance(own, LambdaCache):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}; a patched model takes {wanted}: leave "
+            f"the argument out, or pass {way_out}"
+        )
+    return own
 
 
 def _prepare_cache_for_generation(
@@ -41,19 +73,28 @@ def _prepare_cache_for_generation(
         )
     cache = model_kwargs.get("past_key_values")
     if cache is not None:
-        check_cache(cache)
+        held = lambda_cache(model, cache).get_seq_length()
+        if held and getattr(model, SETTINGS_ATTRIBUTE).cross_attends:
+            raise ValueError(
+                f"past_key_values holds {held} tokens already, and transformers' generate() of an "
+                "encoder-decoder would read them again, also where it is an assistant; leave "
+                "past_key_values out, call the model's forward for each token, or pass an "
+                "assistant that is not patched"
+            )
         type(model)._prepare_cache_for_generation(
             model, generation_config, model_kwargs, *args, **kwargs
         )
     elif generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = LambdaCache(model)
+        cache = model_kwargs["past_key_values"] = new_cache(model)
     if cache is not None and drafts:
-        cache.activate_past_recording(1 + (generation_config.max_new_tokens or 0))
+        lambda_cache(model, cache).activate_past_recording(
+            1 + (generation_config.max_new_tokens or 0)
+        )
 
 
 def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The drafting half of assisted decoding: the cache gets room to take every draft back."""
-    cache: LambdaCache = kwargs["model_kwargs"]["past_key_values"]
+    cache = lambda_cache(model, kwargs["model_kwargs"]["past_key_values"])
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"past_key_values holds {cache.get_seq_length()} tokens already, and transformers' "

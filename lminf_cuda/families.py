@@ -6,7 +6,8 @@ Two kinds:
   its rotary modules; a line in FAMILIES says which rotation the layers use.
   Layers that are not attention (recurrent and convolution layers, experts) stay as they are.
 - older ones that compute attention in their own forward (falcon, gptj, mpt, bloom). Their line
-  names a short forward of the attention module, which projects, attends and projects back.
+  names a short forward of the attention module, which projects, attends and projects back. So
+  does T5's, whose decoder adds a learned bias for every distance.
 
 Every family is compared with its unpatched model and with the definition, by
 python_tests/test_patches.py and python_tests/family_sweep.py, whose table over all causal LMs of
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from .cache import recurrent_layers_are_known
 from .rope import Rope, is_rotary, snapshot_rope
 
-__all__ = ["FAMILIES", "Family", "find_decoder"]
+__all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "find_decoder"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Family:
 
     Attributes:
         layers: the decoder's attribute that holds its layers.
-        attention: a layer's attribute that holds its attention module.
+        attention: a layer's attribute that holds its attention module, or the path to it.
         interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
         backwards: rotates by minus the position.
         rotates_last: the last R dims of a head rotate instead of the first ones.
@@ -47,6 +48,7 @@ class Family:
         alibi_slopes: of an attention module: its slopes, float32 [Hq], or None.
         forward: stands for the attention module's forward where that does not ask the
             AttentionInterface.
+        cross_attends: an encoder-decoder, of which the decoder's self-attention alone is replaced.
         passes_kwargs: keywords given to the decoder reach the attention modules.
         needs_mask: the decoder's forward wants a padding mask that is a tensor.
         is_recurrent: has layers besides attention that keep a state over the tokens.
@@ -64,6 +66,7 @@ class Family:
     rope: Callable[[Any], Rope] | None = None
     alibi_slopes: Callable[[Any], Tensor | None] = lambda attention: None
     forward: Callable[..., Any] | None = None
+    cross_attends: bool = False
     passes_kwargs: bool = True
     needs_mask: bool = False
     is_recurrent: bool = False
@@ -74,7 +77,7 @@ class Family:
         return [
             None
             if layer_type(decoder.config, index) in _WITHOUT_ATTENTION
-            else getattr(layer, self.attention, None)
+            else _descendant(layer, self.attention)
             for index, layer in enumerate(getattr(decoder, self.layers))
         ]
 
@@ -104,7 +107,7 @@ class Family:
 
     def layer_rope(self, decoder: Any, index: int) -> Rope | None:
         """How layer `index` rotates its queries and keys; None if it does not."""
-        attention = getattr(getattr(decoder, self.layers)[index], self.attention)
+        attention = _descendant(getattr(decoder, self.layers)[index], self.attention)
         if not self.uses_rope(attention):
             return None
         if self.rope is not None:
@@ -124,6 +127,8 @@ class Family:
             return False
         if not hasattr(decoder, "config"):
             return False
+        if self.cross_attends and not getattr(decoder, "is_decoder", False):
+            return False
         with_attention = self.attention_modules(decoder)
         modules = [module for module in with_attention if module is not None]
         if len(modules) < len(with_attention) and not self.is_recurrent:
@@ -140,6 +145,13 @@ class Family:
 # What a config calls layers that keep a state, and those among its layers that have no attention.
 _RECURRENT = ("linear_attention", "conv", "hybrid")
 _WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
+
+
+def _descendant(module: Any, path: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def layer_type(config: Any, index: int) -> str | None:
@@ -161,7 +173,8 @@ def asks_interface(module: Any) -> bool:
 
 
 # Forwards of attention modules that do not ask the AttentionInterface. `attend` is given by the
-# patch: (module, q [B, Hq, S, D], k, v [B, Hkv, S, D], cache, scale) -> [B, S, Hq * D].
+# patch: (module, q [B, Hq, S, D], k, v [B, Hkv, S, D], cache, scale, distance_bias=None) ->
+# [B, S, Hq * D].
 
 
 def _falcon_forward(
@@ -226,6 +239,40 @@ def _bloom_forward(
     q, k, v = module._reshape(module.query_key_value(hidden_states))
     out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
     return residual + module.dense(out), None
+
+
+def _t5_forward(
+    attend: Callable[..., Tensor],
+    module: Any,
+    hidden_states: Tensor,
+    *_: Any,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **__: Any,
+) -> tuple[Tensor | None, ...]:
+    """Of the decoder's self-attention. What goes from layer to layer as `position_bias` is the
+    table of biases by distance; umT5's layers have one each."""
+    heads = (*hidden_states.shape[:2], module.n_heads, module.key_value_proj_dim)
+    q, k, v = (
+        project(hidden_states).view(heads).transpose(1, 2)
+        for project in (module.q, module.k, module.v)
+    )
+    if position_bias is None:
+        position_bias = _t5_biases(module, module.lminf_layer.max_distance, q.device)
+    cache = None if past_key_values is None else past_key_values.self_attention_cache
+    out = module.o(attend(module, q, k, v, cache, 1.0, distance_bias=position_bias))
+    if "position_bias" not in inspect.signature(type(module).forward).parameters:
+        return out, None
+    return (out, position_bias, None) if asks_interface(module) else (out, position_bias)
+
+
+def _t5_biases(module: Any, max_distance: int, device: torch.device) -> Tensor:
+    """float32 [Hq, max_distance + 1]: what the layer adds for each distance from 0 on."""
+    if not module.has_relative_attention_bias:
+        return torch.zeros(module.n_heads, max_distance + 1, device=device)
+    # The last of so many tokens, whose distances fall to 0.
+    bias = module.compute_bias(1, max_distance + 1, device, past_seen_tokens=max_distance)
+    return bias[0, :, 0].flip(-1).float().contiguous()
 
 
 def _powers(heads: int, largest: int) -> Tensor:
@@ -372,6 +419,19 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
 }
 
+# Of these only the decoder's self-attention is replaced: the encoder is not causal.
+ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
+    ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"),
+    Family(
+        layers="block",
+        attention="layer.0.SelfAttention",
+        uses_rope=lambda attention: False,
+        forward=_t5_forward,
+        cross_attends=True,
+        passes_kwargs=False,
+    ),
+)
+
 
 def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     """The module that owns the decoder layers, and its family.
@@ -379,15 +439,16 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     Raises:
         ValueError: none, or more than one, of a supported type.
     """
-    supported = f"supported model types: {', '.join(sorted(FAMILIES))}"
+    families = FAMILIES | ENCODER_DECODERS
+    supported = f"supported model types: {', '.join(sorted(families))}"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise ValueError(
             f"model is a {type(model).__name__} without a transformers config; {supported}"
         )
-    if model_type not in FAMILIES:
+    if model_type not in families:
         raise ValueError(f"model type {model_type!r} is not supported; {supported}")
-    family = FAMILIES[model_type]
+    family = families[model_type]
     if family.is_recurrent and not recurrent_layers_are_known():
         raise ValueError(
             f"model type {model_type!r} has recurrent layers, for whose states transformers "

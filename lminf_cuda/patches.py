@@ -30,12 +30,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
-from .decoding import OVERRIDES, check_cache
-from .families import FAMILIES, Family, find_decoder, layer_type
+from .decoding import OVERRIDES, lambda_cache, new_cache
+from .families import ENCODER_DECODERS, FAMILIES, Family, find_decoder, layer_type
 from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
 
-__all__ = ["FAMILIES", "Family", "patch_model", "unpatch_model"]
+__all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -184,7 +184,13 @@ def _attention(
 
 
 def _attend_in_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, cache: Any, scale: float
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Any,
+    scale: float,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """What the forwards in families.py call: [B, S, Hq * D] of queries and keys as in `_attend`."""
     if module.training:
@@ -195,7 +201,8 @@ def _attend_in_forward(
     if cache is not None:
         key, value = cache.update(key, value, module.layer_idx)
     state: ForwardState | None = getattr(module, _STATE_ATTRIBUTE, None)
-    return _attend(module, query, key, value, state, {"scale": scale}).flatten(2)
+    options = {"scale": scale, "distance_bias": distance_bias}
+    return _attend(module, query, key, value, state, options).flatten(2)
 
 
 _NO_LOOK_AHEAD = (
@@ -432,7 +439,8 @@ class _Patch:
             around = vars(config).values() if config is not None else ()
             if config is shared or any(value is shared for value in around):
                 module.config = copy.deepcopy(config, copies)
-        decoder.config._attn_implementation = ATTENTION_NAME
+        if not family.cross_attends:  # where the cross-attention goes on to ask for it
+            decoder.config._attn_implementation = ATTENTION_NAME
 
         self.overridden: list[tuple[nn.Module, str, Any]] = []  # with what the instance had
         for module, layer_settings in zip(modules, settings.layers, strict=True):
@@ -490,7 +498,7 @@ class _Patch:
         """Hook before the decoder's forward: checks, makes a cache, works out positions."""
         kwargs = dict(zip(self.input_names, args, strict=False)) | kwargs
         config = decoder.config
-        if config._attn_implementation != ATTENTION_NAME:
+        if config._attn_implementation != ATTENTION_NAME and not self.family.cross_attends:
             raise RuntimeError(
                 "attn_implementation of a patched model was set to "
                 f"{config._attn_implementation!r}; call unpatch_model(model) before changing it"
@@ -510,10 +518,9 @@ class _Patch:
         if cache is None:
             use_cache = kwargs.get("use_cache")
             if getattr(config, "use_cache", False) if use_cache is None else use_cache:
-                cache = kwargs["past_key_values"] = LambdaCache(decoder)
-        else:
-            check_cache(cache)
+                cache = kwargs["past_key_values"] = new_cache(decoder)
         if cache is not None:
+            cache = lambda_cache(decoder, cache)
             cache.check(self.settings, inputs.shape[0])
         kwargs["attention_mask"] = _padding_mask(kwargs.get("attention_mask"))
         state = _forward_state(
@@ -531,6 +538,9 @@ class _Patch:
         else:
             for module in self.attention:
                 setattr(module, _STATE_ATTRIBUTE, state)
+        if self.family.cross_attends:
+            # A finished mask is passed on as it is, and nobody reads it: none of n x n is built.
+            kwargs["attention_mask"] = inputs.new_ones((1, 1, 1, 1), dtype=torch.bool)
         if self.family.needs_mask and kwargs.get("attention_mask") is None:
             n_columns = inputs.shape[1] + (0 if cache is None else cache.get_seq_length())
             kwargs["attention_mask"] = inputs.new_ones(
@@ -681,7 +691,9 @@ def patch_model(
     a shorter window keeps its own attention. `model.config` becomes a copy of what it was.
 
     Args:
-        model: of one of the types in `FAMILIES`.
+        model: of one of the types in `FAMILIES`, or in `ENCODER_DECODERS` (T5), of which the
+            decoder's self-attention is replaced; the encoder, which is not causal, and the
+            cross-attention stay.
         n_global: tokens at the beginning that are seen from everywhere; at least 0.
         window: tokens, the query's own included, that are seen behind every query; at least 1. None
             is the training length, or the shorter window over which all layers slide.
@@ -707,7 +719,13 @@ def patch_model(
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
     if patch is None:
         layers = _resolve_layers(decoder, family, *lengths)
-        settings = LambdaSettings(*lengths, layers, *middle, family.recurrent_states(decoder))
+        settings = LambdaSettings(
+            *lengths,
+            layers,
+            *middle,
+            family.recurrent_states(decoder),
+            cross_attends=family.cross_attends,
+        )
         _add_middle(settings)
         _Patch(model, decoder, family, settings)
         return model

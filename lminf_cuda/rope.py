@@ -113,7 +113,8 @@ def training_length(config: Any) -> int:
     """The number of tokens that a model was trained on, as its config tells.
 
     That is `original_max_position_embeddings` where a scaled rotary embedding names one, else
-    `max_position_embeddings`.
+    `max_position_embeddings`, or the name that a family has for it (T5's `n_positions`, which only
+    some of its checkpoints have).
 
     Raises:
         ValueError: the config names neither.
@@ -127,6 +128,7 @@ def training_length(config: Any) -> int:
         getattr(config, "max_position_embeddings", None),
         getattr(config, "max_seq_len", None),
         getattr(config, "seq_length", None),
+        getattr(config, "n_positions", None),
     ):
         if length is not None:
             return int(length)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lminf_cuda  # noqa: F401  (registers the ops, whose schemas are read here)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -91,190 +93,83 @@ def output_like(x: Tensor) -> Tensor:
     return out if out.shape[-1] <= 1 or out.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def score_values(
-    head_dim: int,
-    inv_freq: Tensor | None,
-    rope_scaling: float,
-    rope_interleaved: bool,
-    alibi_slopes: Tensor | None,
-    sink_logits: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    distance_bias: Tensor | None,
-) -> dict[str, Any]:
-    def as_float(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.float().contiguous()
-
-    return dict(
-        inv_freq=frequencies(inv_freq),
-        rope_scaling=rope_scaling,
-        rope_interleaved=rope_interleaved,
-        alibi_slopes=as_float(alibi_slopes),
-        sink_logits=as_float(sink_logits),
-        scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
-        softcap=softcap,
-        distance_bias=as_float(distance_bias),
-    )
+def arguments(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a call of torch.ops.lminf.<op> hands over, by the names of its schema."""
+    schema = getattr(torch.ops.lminf, op).default._schema.arguments
+    names = [argument.name for argument in schema]
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    assert set(given) == set(names), set(given) ^ set(names)
+    return given
 
 
-def frequencies(inv_freq: Tensor | None) -> Tensor | None:
-    if inv_freq is None or inv_freq.dtype == torch.float64:
-        return None if inv_freq is None else inv_freq.contiguous()
-    return inv_freq.float().contiguous()
-
-
-def lambda_attn_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    n_global: int,
-    window: int,
-    *,
-    max_distance: int | None = None,
-    inv_freq: Tensor | None = None,
-    rope_scaling: float = 1.0,
-    rope_interleaved: bool = False,
-    alibi_slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    k_start: Tensor | None = None,
-    global_k: Tensor | None = None,
-    global_v: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    k_rotated: int = 0,
-    distance_bias: Tensor | None = None,
-) -> dict[str, Any]:
-    """What the module's lambda_attn takes; its results are written to "out" and "lse"."""
-    batch, heads_q, seqlen_q, head_dim = q.shape
-    return dict(
-        q=dense(q),
-        k=dense(k),
-        v=dense(v),
-        global_k=dense(global_k) if n_global > 0 else None,
-        global_v=dense(global_v) if n_global > 0 else None,
-        out=output_like(q),
-        lse=q.new_empty(q.shape[:3], dtype=torch.float32),
-        k_start=None if k_start is None else k_start.contiguous(),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        n_sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        batch=batch,
-        heads_q=heads_q,
-        heads_kv=k.shape[1],
-        seqlen_q=seqlen_q,
-        seqlen_k=k.shape[2],
-        head_dim=head_dim,
-        n_global=n_global,
-        window=window,
-        max_distance=window if max_distance is None else max_distance,
-        k_rotated=k_rotated,
-        **score_values(
-            head_dim,
-            inv_freq,
-            rope_scaling,
-            rope_interleaved,
-            alibi_slopes,
-            sink_logits,
-            scale,
-            softcap,
-            distance_bias,
-        ),
-    )
+def prepared(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as csrc/torch hands them to a kernel, and the sizes that all kernels know."""
+    values = arguments(op, args, kwargs)
+    for name, x in values.items():
+        if isinstance(x, Tensor):
+            values[name] = dense(x) if x.ndim == 4 else x.contiguous()
+    for name in ("alibi_slopes", "sink_logits", "distance_bias"):
+        if values.get(name) is not None:
+            values[name] = values[name].float()
+    if values["inv_freq"] is not None and values["inv_freq"].dtype != torch.float64:
+        values["inv_freq"] = values["inv_freq"].float()
+    x = args[0] if args else kwargs["x" if op == "clamped_rope" else "q"]
+    head_dim = x.shape[3]
+    values |= dict(batch=x.shape[0], head_dim=head_dim, out=output_like(x))
+    if op != "clamped_rope":
+        values |= dict(
+            heads_q=x.shape[1],
+            heads_kv=values["k"].shape[1],
+            lse=x.new_empty(x.shape[:3], dtype=torch.float32),
+        )
+        if values["scale"] is None:
+            values["scale"] = 1.0 / math.sqrt(head_dim)
+        if values.get("max_distance") is None:
+            values["max_distance"] = values["window"]
+    return values
 
 
 def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    values = lambda_attn_values(*args, **kwargs)
+    values = prepared("lambda_attn", args, kwargs)
+    if values["n_global"] == 0:
+        values |= dict(global_k=None, global_v=None)
+    packed = values["cu_seqlens"]
+    values |= dict(
+        seqlen_q=values["q"].shape[2],
+        seqlen_k=values["k"].shape[2],
+        n_sequences=0 if packed is None else packed.shape[0] - 1,
+    )
     module().lambda_attn(values)
     return values["out"], values["lse"]
 
 
-def lambda_decode_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ring_k: Tensor,
-    ring_v: Tensor,
-    global_k: Tensor,
-    global_v: Tensor,
-    positions: Tensor,
-    window: int,
-    *,
-    max_distance: int | None = None,
-    inv_freq: Tensor | None = None,
-    rope_scaling: float = 1.0,
-    rope_interleaved: bool = False,
-    alibi_slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    distance_bias: Tensor | None = None,
-) -> dict[str, Any]:
-    batch, heads_q, _, head_dim = q.shape
-    return dict(
-        q=dense(q),
-        k=dense(k),
-        v=dense(v),
-        ring_k=ring_k,
-        ring_v=ring_v,
-        global_k=global_k,
-        global_v=global_v,
-        out=output_like(q),
-        lse=q.new_empty(q.shape[:3], dtype=torch.float32),
-        positions=positions.contiguous(),
-        batch=batch,
-        heads_q=heads_q,
-        heads_kv=k.shape[1],
-        head_dim=head_dim,
-        capacity=ring_k.shape[2],
-        n_global=global_k.shape[2],
-        window=window,
-        max_distance=window if max_distance is None else max_distance,
-        **score_values(
-            head_dim,
-            inv_freq,
-            rope_scaling,
-            rope_interleaved,
-            alibi_slopes,
-            sink_logits,
-            scale,
-            softcap,
-            distance_bias,
-        ),
-    )
-
-
 def lambda_decode(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    values = lambda_decode_values(*args, **kwargs)
+    values = prepared("lambda_decode", args, kwargs)
+    values |= dict(capacity=values["ring_k"].shape[2], n_global=values["global_k"].shape[2])
     module().lambda_decode(values)
     return values["out"], values["lse"]
 
 
-def clamped_rope(
-    x: Tensor,
-    position_ids: Tensor,
-    inv_freq: Tensor,
-    *,
-    max_position: int | None = None,
-    scaling: float = 1.0,
-    interleaved: bool = False,
-) -> Tensor:
-    out = output_like(x)
-    positions = position_ids.contiguous()
-    batch, heads, seqlen, head_dim = x.shape
-    module().clamped_rope(
-        dict(
-            x=dense(x),
-            out=out,
-            position_ids=positions,
-            position_batch_stride=seqlen if positions.ndim == 2 and positions.shape[0] > 1 else 0,
-            batch=batch,
-            heads=heads,
-            seqlen=seqlen,
-            head_dim=head_dim,
-            max_position=max_position,
-            inv_freq=frequencies(inv_freq),
-            rope_scaling=scaling,
-            rope_interleaved=interleaved,
-        )
+def middle_topk(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    values = prepared("middle_topk", args, kwargs)
+    batch, heads, top_k = values["batch"], values["heads_q"], values["top_k"]
+    values["chosen"] = torch.empty(batch, heads, top_k, dtype=torch.int64)
+    values["seqlen_k"] = values["k"].shape[2]
+    module().middle_topk(values)
+    return values["out"], values["lse"], values["chosen"]
+
+
+def clamped_rope(*args: Any, **kwargs: Any) -> Tensor:
+    values = prepared("clamped_rope", args, kwargs)
+    _, heads, seqlen, _ = values["x"].shape
+    positions = values["position_ids"]
+    values |= dict(
+        position_batch_stride=seqlen if positions.ndim == 2 and positions.shape[0] > 1 else 0,
+        heads=heads,
+        seqlen=seqlen,
+        rope_scaling=values["scaling"],
+        rope_interleaved=values["interleaved"],
     )
-    return out
+    module().clamped_rope(values)
+    return values["out"]

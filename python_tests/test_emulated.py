@@ -68,8 +68,8 @@ def test_a_device_of_another_size_decodes_the_same(multiprocessors):
 
 
 def test_too_large_a_head_dim_is_refused():
-    q, k, v = qkv(4, 4, head_dim=400)
-    with pytest.raises(ValueError, match="head dim is 400, but on CUDA it must be at most 384"):
+    q, k, v = qkv(4, 4, head_dim=2049)
+    with pytest.raises(ValueError, match="head dim is 2049, but on CUDA it must be at most 2048"):
         emulated.lambda_attn(q, k, v, 1, 2)
 
 
@@ -126,8 +126,9 @@ def test_speed():
 def test_cpp_tests_pass():
     """The planted faults are caught, and every PTX wrapper's host body is right."""
     folder = emulated.ROOT / "build" / "emulation"
-    emulated.build(folder, "emulation_test", "ptx_sm80_test")
-    for name in ("emulation_test", "ptx_sm80_test"):
+    names = ("emulation_test", "emulation_sm90_test", "ptx_sm80_test", "ptx_sm90_test")
+    emulated.build(folder, *names)
+    for name in names:
         done = subprocess.run([folder / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -222,6 +222,42 @@ def test_decode(isa, option, head_dim, dtype):
     step("cpu", *(x[:, :, :1] for x in (q, k, v)), cache, positions, 290, **score)
 
 
+# heads_q, heads_kv, head_dim
+GROUPS = [(1, 1, 96), (4, 2, 160), (3, 1, 64), (8, 1, 128), (12, 1, 256), (17, 1, 80)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_decode_over_a_long_window(isa, group, dtype):
+    """Many blocks of keys on both sides of the seam, for each number of heads that share a key."""
+    heads_q, heads_kv, head_dim = group
+    window, n_global = 4300, 70
+    caches = [(1, heads_kv, window + 5, head_dim)] * 2 + [(1, heads_kv, n_global, head_dim)] * 2
+    cache = Cache(*randn(3, *caches, dtype=dtype))
+    q, k, v = randn(4, (1, heads_q, 1, head_dim), *[(1, heads_kv, 1, head_dim)] * 2, dtype=dtype)
+    position = torch.tensor([window + 5 + 2100])
+    step("cpu", q, k, v, cache, position, window, **options("rope", heads_q, head_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+@pytest.mark.parametrize("heads", [1, 4, 20])
+def test_a_value_that_is_not_finite_stays_in_its_dim(isa, heads, bad, dtype):
+    window, head_dim, dim = 200, 64, 11
+    caches = [(1, 1, window, head_dim)] * 2 + [(1, 1, 3, head_dim)] * 2
+    cache = Cache(*randn(5, *caches, dtype=dtype))
+    q, k, v = randn(6, (1, heads, 1, head_dim), *[(1, 1, 1, head_dim)] * 2, dtype=dtype)
+    q = q / 8  # no probability so small that it is taken for 0
+    position = torch.tensor([1000])
+    clean, _ = call("cpu", "lambda_decode", q, k, v, *cache.tensors(), position, window)
+    cache.ring_v[0, 0, 77, dim] = bad
+    out, _ = call("cpu", "lambda_decode", q, k, v, *cache.tensors(), position, window)
+    others = torch.arange(head_dim) != dim
+    torch.testing.assert_close(out[..., others], clean[..., others], rtol=2e-2, atol=2e-2)
+    expected = torch.full((1, heads, 1), bad, dtype=dtype)
+    torch.testing.assert_close(out[..., dim], expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dims", [(3, 2), (40, 20), (64, 64), (128, 96)], ids=str)

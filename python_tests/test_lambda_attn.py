@@ -88,6 +88,24 @@ def test_head_dims(backend, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [264, 384, 400, 511, 512, 513, 640, 1024, 2048])
+def test_large_head_dims(backend, head_dim, dtype):
+    q, k, v = qkv(9, 40, head_dim=head_dim, dtype=dtype)
+    for option in ("rope", "all"):
+        check_lambda_attn(
+            backend, q, k, v, n_global=3, window=12, max_distance=20, **options(option, 2, head_dim)
+        )
+
+
+@pytest.mark.parametrize("head_dim", range(1, 256, 6))
+def test_a_sweep_of_head_dims(backend, head_dim):
+    """Every rest of a division by 8 and 16, below and above each size that is compiled."""
+    q, k, v = qkv(5, 20, head_dim=head_dim, dtype=DTYPES[head_dim % 3])
+    option = "all" if head_dim > 1 else "alibi"
+    check_lambda_attn(backend, q, k, v, n_global=2, window=6, **options(option, 2, head_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1), (8, 1), (8, 2), (6, 2), (7, 1)], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 80])
 def test_head_groups(backend, heads, seqlen_q, dtype):
@@ -320,11 +338,12 @@ def test_a_bias_for_every_distance(backend, option, limit, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("n_global", [0, 3, 40])
-def test_a_hidden_distance_is_never_seen(backend, n_global, poison):
+def test_a_hidden_distance_is_never_seen(backend, n_global, poison, dtype):
     """Whatever stands there, with a softcap and a sink, too; a row that hides all has out 0."""
-    q, k, v = qkv(100, 100, heads_q=4, heads_kv=2)
+    q, k, v = qkv(100, 100, heads_q=4, heads_kv=2, dtype=dtype)
     bad, hidden = 50, torch.tensor([True, False, True, False])
     table = biases(4, 30)
     table[hidden] = -INF

@@ -103,10 +103,12 @@ SEQUENCES = [
     (2, 1, 256, 6, 6, 2, 1 << 60, 20),
     (2, 1, 65, 40, 40, 4, None, 20),
 ]
+# Past the head dims that the tensor-core kernel and the plain one's usual tiles take.
+LARGE = [(2, 1, d, 3, 5, 2, 5, 8) for d in (264, 400, 512, 513, 1024, 2048)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sequence", SEQUENCES, ids=str)
+@pytest.mark.parametrize("sequence", SEQUENCES + LARGE, ids=str)
 @pytest.mark.parametrize("option", ["none", "rope", "all"])
 def test_token_by_token(backend, option, sequence, dtype):
     """Three rows: one from the start, one that joins late, one that pauses."""

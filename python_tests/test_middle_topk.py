@@ -23,13 +23,6 @@ from torch import Tensor
 
 from lminf_cuda import reference
 
-
-@pytest.fixture(params=["cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The backends that have the op."""
-    return request.param
-
-
 PER_HEAD = ("inv_freq", "alibi_slopes", "sink_logits", "distance_bias")
 
 
@@ -120,27 +113,45 @@ def test_splits_do_not_change_the_choice(backend: str, threads: int, seed: int) 
     check(backend, arguments, threads)
 
 
+def case_of_options(option: str, dtype: torch.dtype) -> dict[str, Any]:
+    score = options(option, 6, 48, 50)
+    return case(150, batch=2, heads_q=6, heads_kv=2, head_dim=48, distance=50, dtype=dtype, **score)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("option", OPTION_NAMES)
-def test_options(isa: str, dtype: torch.dtype, option: str) -> None:  # noqa: F811
-    arguments = case(
-        150,
-        batch=2,
-        heads_q=6,
-        heads_kv=2,
-        head_dim=48,
-        distance=50,
-        dtype=dtype,
-        **options(option, 6, 48, 50),
-    )
-    check("cpu", arguments)
+def test_options(backend: str, dtype: torch.dtype, option: str) -> None:
+    check(backend, case_of_options(option, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTION_NAMES)
+def test_options_on_every_instruction_set(isa, dtype, option):  # noqa: F811
+    check("cpu", case_of_options(option, dtype))
+
+
+def case_of_a_head_dim(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    score = options("rope" if head_dim > 1 else "none", 8, head_dim)
+    return case(90, heads_q=8, heads_kv=1, head_dim=head_dim, dtype=dtype, **score)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 5, 40, 64, 80, 96, 128, 256, 260, 1000])
+def test_head_dims(backend: str, dtype: torch.dtype, head_dim: int) -> None:
+    check(backend, case_of_a_head_dim(head_dim, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 5, 40, 64, 80, 96, 128, 256])
-def test_head_dims(isa: str, dtype: torch.dtype, head_dim: int) -> None:  # noqa: F811
-    score = options("rope" if head_dim > 1 else "none", 8, head_dim)
-    check("cpu", case(90, heads_q=8, heads_kv=1, head_dim=head_dim, dtype=dtype, **score))
+def test_head_dims_on_every_instruction_set(isa, dtype, head_dim):  # noqa: F811
+    check("cpu", case_of_a_head_dim(head_dim, dtype))
+
+
+def test_a_long_list(backend: str) -> None:
+    """More keys than lanes in a warp, or in any tile, and as many as there are."""
+    for top_k in (33, 300, 989):
+        chosen = check(backend, case(1000, top_k=top_k, **options("rope", 2, 64)))
+        assert (chosen >= 0).all()
 
 
 @pytest.mark.parametrize("n_global", [0, 3, 40])

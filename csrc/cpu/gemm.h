@@ -146,12 +146,18 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Compilers do not know that the tile instructions read memory: stores of ours that they are to see
+// have to be done before this.
+inline void settle_stores() { asm volatile("" ::: "memory"); }
+
+inline void load_tile_config(const TileConfig& config) {
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
 // For as long as it lives, this thread's tile registers are configured.
 struct MatrixUnit {
-  MatrixUnit() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
+  MatrixUnit() { load_tile_config(TileConfig()); }
   ~MatrixUnit() { _tile_release(); }
 };
 
@@ -195,6 +201,7 @@ inline void tile_block(int K, const bf16* A, int64_t lda, const bf16* B, int64_t
 template <bool kAccumulate>
 inline void gemm(int M, int N, int K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb,
                  float* C, int64_t ldc) {
+  settle_stores();
   int n = 0;
   const int tiled = M / 16 * 16;
   // One strip of B at a time, so that it stays in the first cache level for all the rows.

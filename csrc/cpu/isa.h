@@ -49,6 +49,8 @@
 #define LMINF_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define LMINF_UNROLL LMINF_PRAGMA(unroll)
+#define LMINF_NO_UNROLL LMINF_PRAGMA(nounroll)
 #else
 #define LMINF_UNROLL LMINF_PRAGMA(GCC unroll 32)
+#define LMINF_NO_UNROLL LMINF_PRAGMA(GCC unroll 1)
 #endif

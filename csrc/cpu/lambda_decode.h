@@ -20,7 +20,6 @@ using RingProduct = DecodeProduct<T>;
 template <typename T>
 class LambdaDecodeStep {
   using Ring = RingProduct<T>;
-  using RingOperand = typename Ring::Operand;
 
  public:
   LambdaDecodeStep(const LambdaDecodeParams& params, const Rotary& rotary)
@@ -29,7 +28,7 @@ class LambdaDecodeStep {
         dim_(static_cast<int>(params.head_dim)),
         dim_padded_((dim_ + kLanes - 1) / kLanes * kLanes),
         group_(static_cast<int>(params.heads_q / params.heads_kv)) {
-    reads_in_place_ = dim_ % (std::is_same_v<RingOperand, float> ? kLanes : 32) == 0;
+    ring_reads_ = Ring::reads(dim_);
     map_.scale = p_.score.scale;
     map_.softcap = p_.score.softcap;
     map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
@@ -42,7 +41,11 @@ class LambdaDecodeStep {
     const int64_t pairs = p_.batch * p_.heads_kv;  // of a row and a key head
     const int64_t splits =
         max64(1, min64((4 * threads.count + pairs - 1) / pairs, p_.window / kDecodeMinSplitKeys));
-    const int64_t items = pairs * splits;
+    // The global branches are parts of their own and come first, pair after pair: what they need
+    // stays in the cache, where a window's keys going by would push it out.
+    const int64_t global_parts = p_.n_global > 0 ? 1 : 0;
+    const int64_t parts = global_parts + splits;
+    const int64_t items = pairs * parts;
     Scratch partial(Scratch::bytes<float>(items * group_) +
                     Scratch::bytes<float>(items * group_ * kLanes) +
                     Scratch::bytes<float>(items * group_ * dim_padded_) +
@@ -51,9 +54,9 @@ class LambdaDecodeStep {
     all.max = partial.take<float>(items * group_);
     all.sum = partial.take<float>(items * group_ * kLanes);
     all.out = partial.take<float>(items * group_ * dim_padded_);
-    auto* unfinished = partial.take<std::atomic<int64_t>>(pairs);  // splits of each pair
+    auto* unfinished = partial.take<std::atomic<int64_t>>(pairs);  // parts of each pair
     for (int64_t pair = 0; pair < pairs; ++pair)
-      new (unfinished + pair) std::atomic<int64_t>(splits);
+      new (unfinished + pair) std::atomic<int64_t>(parts);
 
     const int64_t workers = std::min<int64_t>(threads.count, items);
     std::atomic<int64_t> next{0};
@@ -62,10 +65,24 @@ class LambdaDecodeStep {
       ItemScratch s(*this);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t item; (item = next.fetch_add(1)) < items;) {
-          const int64_t pair = item / splits;
-          attend(pair, item % splits, splits, rows_of(all, item), s);
-          // Whoever finishes the last split of a pair merges them.
-          if (unfinished[pair].fetch_sub(1) == 1) combine(pair, splits, all);
+          const int64_t ring_item = item - pairs * global_parts;
+          const int64_t pair = ring_item < 0 ? item : ring_item / splits;
+          const int64_t part = ring_item < 0 ? 0 : global_parts + ring_item % splits;
+          const RowStates rows = rows_of(all, pair * parts + part);
+          std::fill(rows.max, rows.max + group_, minus_infinity());
+          std::fill(rows.sum, rows.sum + group_ * kLanes, 0.0f);
+          std::fill(rows.out, rows.out + group_ * dim_padded_, 0.0f);
+          if (p_.positions[pair / p_.heads_kv] >= 0) {
+            if (ring_item < 0) {
+              attend_global(pair, rows, s);
+            } else {
+              // The other threads take the items up to `upcoming`, if all are equally fast.
+              const int64_t upcoming = std::min(ring_item + workers, pairs * splits - 1);
+              attend_ring(ring_split(ring_item, splits), ring_split(upcoming, splits), rows, s);
+            }
+          }
+          // Whoever finishes the last part of a pair merges them.
+          if (unfinished[pair].fetch_sub(1) == 1) combine(pair, parts, all);
         }
       }
     });
@@ -84,38 +101,37 @@ class LambdaDecodeStep {
       const int rows = step.group_ * step.dim_padded_;
       cos = memory.take<float>(step.rotary_.pairs);
       sin = memory.take<float>(step.rotary_.pairs);
-      q_raw = memory.take<float>(rows);
-      q_rot = memory.take<float>(rows);
-      q_ring = memory.take<RingOperand>(Ring::query_size(step.group_, step.dim_padded_));
-      scores = memory.take<float>(padded(step.group_) * kDecodeBlock);
-      probs = memory.take<RingOperand>(padded(step.group_) * kDecodeBlock);
+      q = memory.take<float>(rows);
+      q_ring = memory.take<typename Ring::Operand>(Ring::query_size(step.group_, step.dim_padded_));
+      scores = memory.take<float>(step.group_ * kScoreColumns);
       k_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
       v_rows = memory.take<float>(kDecodeBlock * step.dim_padded_);
-      biases = memory.take<float>(step.group_ * kDecodeBlock);
+      biases = memory.take<float>(bias_count(step));
     }
 
     static size_t bytes(const LambdaDecodeStep& step) {
       const int rows = step.group_ * step.dim_padded_;
       return Ring::bytes(step.group_, step.dim_padded_) +
-             2 * Scratch::bytes<float>(step.rotary_.pairs) + 2 * Scratch::bytes<float>(rows) +
-             Scratch::bytes<RingOperand>(Ring::query_size(step.group_, step.dim_padded_)) +
-             Scratch::bytes<float>(padded(step.group_) * kDecodeBlock) +
-             Scratch::bytes<RingOperand>(padded(step.group_) * kDecodeBlock) +
+             2 * Scratch::bytes<float>(step.rotary_.pairs) + Scratch::bytes<float>(rows) +
+             Scratch::bytes<typename Ring::Operand>(
+                 Ring::query_size(step.group_, step.dim_padded_)) +
+             Scratch::bytes<float>(step.group_ * kScoreColumns) +
              2 * Scratch::bytes<float>(kDecodeBlock * step.dim_padded_) +
-             Scratch::bytes<float>(step.group_ * kDecodeBlock);
+             Scratch::bytes<float>(bias_count(step));
     }
-    // Matrix tiles write 16 heads at a time.
-    static int padded(int heads) { return (heads + 15) / 16 * 16; }
+    static int bias_count(const LambdaDecodeStep& step) {
+      return step.p_.score.distance_bias != nullptr ? step.group_ * kScoreColumns : 0;
+    }
+    static constexpr int kScoreColumns = std::max(Ring::kBlock, kDecodeBlock);
 
     Scratch memory;
     Ring ring;
-    float *cos, *sin;      // [pairs]
-    float *q_raw, *q_rot;  // [group][Dp]
-    RingOperand* q_ring;   // the rotated queries, packed for `ring`
-    float* scores;         // [group][kDecodeBlock]
-    RingOperand* probs;    // [group][kDecodeBlock], of `ring`; other products write over the scores
+    float *cos, *sin;                // [pairs]
+    float* q;                        // [group][Dp], rotated for the branch in hand
+    typename Ring::Operand* q_ring;  // the same, packed for `ring`
+    float* scores;           // [group][kBlock of the product in hand], then their probabilities
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
-    float* biases;           // [group][kDecodeBlock], of distance_bias
+    float* biases;  // [group][kBlock of the product in hand], of distance_bias, if there is
   };
 
   template <typename U>
@@ -156,129 +172,163 @@ class LambdaDecodeStep {
     }
   }
 
-  // One split of one row's keys for one key head. The first split takes the global branches, too.
-  void attend(int64_t pair, int64_t split, int64_t splits, const RowStates& rows,
-              ItemScratch& s) const {
-    const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
-    std::fill(rows.max, rows.max + group_, minus_infinity());
-    std::fill(rows.sum, rows.sum + group_ * kLanes, 0.0f);
-    std::fill(rows.out, rows.out + group_ * dim_padded_, 0.0f);
-    const int64_t position = p_.positions[b];
-    if (position < 0) return;
-
-    rotation_table(position, rotary_, rotary_.scaling, s.cos, s.sin);
+  // The queries of a pair, rotated for a key that has no rotation of its own: by so many positions.
+  void load_queries(int64_t pair, int64_t positions, ItemScratch& s) const {
+    rotation_table(positions, rotary_, rotary_.scaling, s.cos, s.sin);
+    const int64_t b = pair / p_.heads_kv, head = pair % p_.heads_kv * group_;
     for (int g = 0; g < group_; ++g) {
-      const T* q = at(static_cast<const T*>(p_.q), p_.q_stride, b, h * group_ + g, 0);
-      float* raw = s.q_raw + g * dim_padded_;
-      float* rot = s.q_rot + g * dim_padded_;
-      load_row(q, dim_, raw, dim_padded_);
-      std::memcpy(rot, raw, dim_padded_ * sizeof(float));
-      scale_rotary_dims(rotary_, raw);
-      rotate_row(rotary_, s.cos, s.sin, rot);
+      float* q = s.q + g * dim_padded_;
+      load_row(at(static_cast<const T*>(p_.q), p_.q_stride, b, head + g, 0), dim_, q, dim_padded_);
+      rotate_row(rotary_, s.cos, s.sin, q);
     }
-    if (reads_in_place_) Ring::pack_queries(s.q_rot, group_, dim_padded_, s.q_ring);
-
-    const Range self = {position, position + 1};
-    if (split == 0) {
-      const Range held = {0, p_.n_global};
-      attend_global(b, h, far_branch(held, p_.n_global, p_.max_distance).visible_keys(self),
-                    KeyFrame::kMaxDistance, position, rows, s);
-      attend_global(b, h,
-                    near_branch(held, p_.n_global, p_.window, p_.max_distance).visible_keys(self),
-                    KeyFrame::kOwnPosition, position, rows, s);
-    }
-    const Range keys = window_branch({0, position + 1}, p_.window).visible_keys(self);
-    const int64_t count = keys.hi - keys.lo;
-    attend_ring(b, h, {keys.lo + count * split / splits, keys.lo + count * (split + 1) / splits},
-                position, rows, s);
   }
 
-  void attend_global(int64_t b, int64_t h, Range keys, KeyFrame frame, int64_t position,
-                     const RowStates& rows, ItemScratch& s) const {
+  void attend_global(int64_t pair, const RowStates& rows, ItemScratch& s) const {
+    const int64_t position = p_.positions[pair / p_.heads_kv];
+    const Range self = {position, position + 1}, held = {0, p_.n_global};
+    attend_far(pair, far_branch(held, p_.n_global, p_.max_distance).visible_keys(self), rows, s);
+    attend_near(pair, near_branch(held, p_.n_global, p_.window, p_.max_distance).visible_keys(self),
+                rows, s);
+  }
+
+  // Global keys at the largest distance: the query takes all of the rotation, the keys none.
+  void attend_far(int64_t pair, Range keys, const RowStates& rows, ItemScratch& s) const {
+    if (keys.lo >= keys.hi) return;
+    load_queries(pair, p_.max_distance, s);
+    for (int g = 0; g < group_; ++g)
+      scale_rotary_dims(rotary_, s.q + g * dim_padded_);  // the keys'
     for (int64_t first = keys.lo; first < keys.hi; first += kDecodeBlock) {
       const int n = static_cast<int>(min64(kDecodeBlock, keys.hi - first));
-      for (int c = 0; c < n; ++c) {
-        const int64_t j = first + c;
-        float* key = s.k_rows + c * dim_padded_;
-        load_row(at(static_cast<const T*>(p_.global_k), p_.global_k_stride, b, h, j), dim_, key,
-                 dim_padded_);
-        load_row(at(static_cast<const T*>(p_.global_v), p_.global_v_stride, b, h, j), dim_,
-                 s.v_rows + c * dim_padded_, dim_padded_);
-        if (frame == KeyFrame::kOwnPosition || c == 0)
-          rotation_table(frame == KeyFrame::kOwnPosition ? j : -p_.max_distance, rotary_,
-                         rotary_.scaling, s.cos, s.sin);
-        rotate_row(rotary_, s.cos, s.sin, key);
-      }
-      const bool far = frame == KeyFrame::kMaxDistance;
-      attend_block(DecodeProduct<float>(), h, far ? s.q_raw : s.q_rot, s.k_rows, dim_padded_,
-                   s.v_rows, dim_padded_, n, s.scores, frame, first, position, rows, s);
+      const BlockRows<T> k = global_rows(p_.global_k, p_.global_k_stride, pair, first, n);
+      const BlockRows<T> v = global_rows(p_.global_v, p_.global_v_stride, pair, first, n);
+      attend_rows(pair, k, v, KeyFrame::kMaxDistance, first, rows, s);
     }
   }
 
-  void attend_ring(int64_t b, int64_t h, Range keys, int64_t position, const RowStates& rows,
+  // A block in float products, where it stands if it can be read there.
+  void attend_rows(int64_t pair, const BlockRows<T>& k, const BlockRows<T>& v, KeyFrame frame,
+                   int64_t first, const RowStates& rows, ItemScratch& s) const {
+    if (DecodeProduct<T>::reads(dim_)) {
+      attend_block(DecodeProduct<T>(), pair, s.q, k, v, frame, first, rows, s);
+    } else {
+      attend_block(DecodeProduct<float>(), pair, s.q, copied(k, s.k_rows), copied(v, s.v_rows),
+                   frame, first, rows, s);
+    }
+  }
+
+  // Global keys at their own distance.
+  void attend_near(int64_t pair, Range keys, const RowStates& rows, ItemScratch& s) const {
+    if (keys.lo >= keys.hi) return;
+    load_queries(pair, p_.positions[pair / p_.heads_kv], s);
+    for (int64_t first = keys.lo; first < keys.hi; first += kDecodeBlock) {
+      const int n = static_cast<int>(min64(kDecodeBlock, keys.hi - first));
+      const BlockRows<float> k =
+          copied(global_rows(p_.global_k, p_.global_k_stride, pair, first, n), s.k_rows);
+      const BlockRows<float> v =
+          copied(global_rows(p_.global_v, p_.global_v_stride, pair, first, n), s.v_rows);
+      for (int c = 0; c < n; ++c) {
+        rotation_table(first + c, rotary_, rotary_.scaling, s.cos, s.sin);
+        rotate_row(rotary_, s.cos, s.sin, s.k_rows + c * dim_padded_);
+      }
+      attend_block(DecodeProduct<float>(), pair, s.q, k, v, KeyFrame::kOwnPosition, first, rows, s);
+    }
+  }
+
+  BlockRows<T> global_rows(const void* cache, const Strides& stride, int64_t pair, int64_t first,
+                           int n) const {
+    const T* row =
+        at(static_cast<const T*>(cache), stride, pair / p_.heads_kv, pair % p_.heads_kv, first);
+    return {row, stride.seq, n, nullptr};
+  }
+
+  // Rows that cannot be read where they stand, as floats in whole vectors.
+  BlockRows<float> copied(const BlockRows<T>& rows, float* to) const {
+    for (int c = 0; c < rows.n; ++c) load_row(rows.row(c), dim_, to + c * dim_padded_, dim_padded_);
+    return {to, dim_padded_, rows.n, nullptr};
+  }
+
+  // So many keys of one pair's window.
+  struct RingSplit {
+    int64_t pair;
+    Range keys;
+  };
+
+  RingSplit ring_split(int64_t index, int64_t splits) const {
+    const int64_t pair = index / splits, split = index % splits;
+    const int64_t position = p_.positions[pair / p_.heads_kv];
+    if (position < 0) return {pair, {0, 0}};
+    const Range window =
+        window_branch({0, position + 1}, p_.window).visible_keys({position, position + 1});
+    const int64_t count = window.hi - window.lo;
+    return {pair, {window.lo + count * split / splits, window.lo + count * (split + 1) / splits}};
+  }
+
+  const T* ring_row(const void* ring, const Strides& stride, int64_t pair, int64_t j) const {
+    return at(static_cast<const T*>(ring), stride, pair / p_.heads_kv, pair % p_.heads_kv,
+              j % p_.capacity);
+  }
+
+  // `upcoming` is what this thread is likely to take next.
+  void attend_ring(const RingSplit& split, const RingSplit& upcoming, const RowStates& rows,
                    ItemScratch& s) const {
+    load_queries(split.pair, p_.positions[split.pair / p_.heads_kv], s);
+    if (ring_reads_) Ring::pack_queries(s.q, group_, dim_padded_, s.q_ring);
+    const Range& keys = split.keys;
     for (int64_t first = keys.lo; first < keys.hi;) {
-      const int64_t slot = first % p_.capacity;
-      const int64_t in_a_row = min64(p_.capacity - slot, keys.hi - first);
-      const int n = static_cast<int>(min64(kDecodeBlock, in_a_row));
-      const T* k = at(static_cast<const T*>(p_.ring_k), p_.ring_k_stride, b, h, slot);
-      const T* v = at(static_cast<const T*>(p_.ring_v), p_.ring_v_stride, b, h, slot);
-      const int64_t k_stride = p_.ring_k_stride.seq, v_stride = p_.ring_v_stride.seq;
-      if (reads_in_place_) {
-        attend_block(s.ring, h, s.q_ring, k, k_stride, v, v_stride, n, s.probs,
-                     KeyFrame::kOwnPosition, first, position, rows, s);
+      const int64_t in_a_row = min64(p_.capacity - first % p_.capacity, keys.hi - first);
+      const int n = static_cast<int>(min64(ring_reads_ ? Ring::kBlock : kDecodeBlock, in_a_row));
+      const auto block = [&](const void* ring, const Strides& stride) {
+        const T* next = first + n < keys.hi
+                            ? ring_row(ring, stride, split.pair, first + n)
+                            : ring_row(ring, stride, upcoming.pair, upcoming.keys.lo);
+        return BlockRows<T>{ring_row(ring, stride, split.pair, first), stride.seq, n, next};
+      };
+      const BlockRows<T> k = block(p_.ring_k, p_.ring_k_stride);
+      const BlockRows<T> v = block(p_.ring_v, p_.ring_v_stride);
+      if (ring_reads_) {
+        attend_block(s.ring, split.pair, s.q_ring, k, v, KeyFrame::kOwnPosition, first, rows, s);
       } else {
-        for (int c = 0; c < n; ++c) {
-          load_row(k + c * k_stride, dim_, s.k_rows + c * dim_padded_, dim_padded_);
-          load_row(v + c * v_stride, dim_, s.v_rows + c * dim_padded_, dim_padded_);
-        }
-        attend_block(DecodeProduct<float>(), h, s.q_rot, s.k_rows, dim_padded_, s.v_rows,
-                     dim_padded_, n, s.scores, KeyFrame::kOwnPosition, first, position, rows, s);
+        attend_rows(split.pair, k, v, KeyFrame::kOwnPosition, first, rows, s);
       }
       first += n;
     }
   }
 
-  // n keys at positions first, first + 1, ... that stand `stride` apart. `probs` may be the scores'
-  // own room.
+  // The keys at positions first, first + 1, ...
   template <typename Product, typename K>
-  void attend_block(const Product& product, int64_t h, const typename Product::Operand* q,
-                    const K* k, int64_t k_stride, const K* v, int64_t v_stride, int n,
-                    typename Product::Operand* probs, KeyFrame frame, int64_t first,
-                    int64_t position, const RowStates& rows, ItemScratch& s) const {
-    product.prepare_values(v, v_stride, n, dim_padded_);
-    product.scores(q, group_, dim_padded_, k, k_stride, n, s.scores);
-    const int end = (n + Product::kProbGrain - 1) / Product::kProbGrain * Product::kProbGrain;
+  void attend_block(const Product& product, int64_t pair, const typename Product::Operand* q,
+                    const BlockRows<K>& k, const BlockRows<K>& v, KeyFrame frame, int64_t first,
+                    const RowStates& rows, ItemScratch& s) const {
+    const int64_t head = pair % p_.heads_kv * group_, position = p_.positions[pair / p_.heads_kv];
+    product.scores(q, group_, dim_padded_, k, s.scores);
+    const int end = (k.n + Product::kGrain - 1) / Product::kGrain * Product::kGrain;
     bool hides = false;
     for (int g = 0; g < group_; ++g) {
-      float* scores = s.scores + g * kDecodeBlock;
+      float* scores = s.scores + g * Product::kBlock;
       const RowBias added =
-          bias(h * group_ + g, frame, first, position, s.biases + g * kDecodeBlock);
-      if (added.table != nullptr) hides |= row_hides(added.table, n);
-      const float largest = scores_max(map_, added, scores, 0, n);
-      softmax_row<5>(rows, g, dim_padded_, scores, probs + g * kDecodeBlock, 0, n, 0, end,
-                     map_.factor, largest);
+          bias(head + g, frame, position - first, end, s.biases + g * Product::kBlock);
+      if (added.table != nullptr) hides |= row_hides(added.table, k.n);
+      const float largest = scores_max(map_, added, scores, 0, k.n);
+      softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, k.n, 0, end, map_.factor, largest);
     }
-    if (!hides) return product.add_values(probs, group_, v, v_stride, n, dim_padded_, rows.out);
+    if (!hides) return product.add_values(s.scores, group_, dim_padded_, v, rows.out);
     // An infinite or NaN value must not reach a head that does not see its key, not even times 0.
     for (int g = 0; g < group_; ++g) {
-      for (int c = 0; c < n; ++c) {
-        if (s.biases[g * kDecodeBlock + c] == minus_infinity()) continue;
-        const float p = to_float(probs[g * kDecodeBlock + c]);
-        DecodeProduct<K>().add_values(&p, 1, v + c * v_stride, v_stride, 1, dim_padded_,
-                                      rows.out + g * dim_padded_);
+      for (int c = 0; c < k.n; ++c) {
+        if (s.biases[g * Product::kBlock + c] == minus_infinity()) continue;
+        DecodeProduct<K>().add_values(s.scores + g * Product::kBlock + c, 1, dim_padded_,
+                                      {v.row(c), v.stride, 1, nullptr}, rows.out + g * dim_padded_);
       }
     }
   }
 
-  // `table` is room for the biases of a block.
-  RowBias bias(int64_t head, KeyFrame frame, int64_t first, int64_t position, float* table) const {
+  // Of `columns` keys, the first of them at `distance`; `table` is room for their biases.
+  RowBias bias(int64_t head, KeyFrame frame, int64_t distance, int columns, float* table) const {
     const bool far = frame == KeyFrame::kMaxDistance;
-    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : position - first),
-                    far ? 0.0f : 1.0f};
+    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : distance), far ? 0.0f : 1.0f};
     if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[head];
     if (p_.score.distance_bias != nullptr) {
-      biases_by_column(p_.score, head, position - first, kDecodeBlock, table);
+      biases_by_column(p_.score, head, distance, columns, table);
       bias.table = table;
     }
     return bias;
@@ -290,17 +340,17 @@ class LambdaDecodeStep {
     return hidden > 0;
   }
 
-  void combine(int64_t pair, int64_t splits, const RowStates& all) const {
+  void combine(int64_t pair, int64_t parts, const RowStates& all) const {
     const int64_t b = pair / p_.heads_kv, h = pair % p_.heads_kv;
     for (int g = 0; g < group_; ++g) {
       SoftmaxState state = empty_softmax();
-      float* out = rows_of(all, pair * splits).out + g * dim_padded_;
-      for (int64_t split = 0; split < splits; ++split) {
-        const RowStates rows = rows_of(all, pair * splits + split);
+      float* out = rows_of(all, pair * parts).out + g * dim_padded_;
+      for (int64_t part = 0; part < parts; ++part) {
+        const RowStates rows = rows_of(all, pair * parts + part);
         const SoftmaxMerge m =
             merge(state, {rows.max[g], vreduce_add(vload(rows.sum + g * kLanes))});
         const float* added = rows.out + g * dim_padded_;
-        if (split == 0) {
+        if (part == 0) {
           scale_row(out, dim_padded_, m.weight_b);
         } else {
           for (int d = 0; d < dim_padded_; ++d)
@@ -322,6 +372,6 @@ class LambdaDecodeStep {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
-  int group_;            // query heads per key head
-  bool reads_in_place_;  // rows of the ring are whole vectors; else they are copied and padded
+  int group_;        // query heads per key head
+  bool ring_reads_;  // whether the product for the ring takes rows of this length
 };

@@ -164,7 +164,7 @@ class MiddleTopk {
 
   template <typename K>
   void score_block(const K* k, int64_t stride, int n, ItemScratch& s) const {
-    DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, k, stride, n, s.scores);
+    DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, {k, stride, n, nullptr}, s.scores);
   }
 
   // What distance_bias adds at distance m.

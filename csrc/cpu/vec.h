@@ -63,6 +63,9 @@ inline void from_float(float x, f16& out) {
 
 constexpr int kLanes = LMINF_LANES;
 
+// Asks for the cache line of p, which may be any address.
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 #if LMINF_LANES == 16
 
 using Vec = __m512;

@@ -160,12 +160,13 @@ LMINF_DEVICE void store_global(Chunk* address, Chunk value) {
 
 // --- Shared memory ---
 
-// The block's dynamic shared memory, the only kind used here. Aligned to 128 bytes.
+// The block's dynamic shared memory, the only kind used here. Aligned to 1024 bytes, the largest
+// pattern of a swizzle.
 LMINF_DEVICE unsigned char* shared_memory() {
 #if defined(LMINF_EMULATION)
   return emulation::shared_memory();
 #else
-  extern __shared__ __align__(128) unsigned char lminf_shared_memory[];
+  extern __shared__ __align__(1024) unsigned char lminf_shared_memory[];
   return lminf_shared_memory;
 #endif
 }
@@ -224,6 +225,9 @@ struct LaunchShape {
   int64_t blocks;  // grid.x: the only dimension that goes past 65,535
   int threads;
   int shared_bytes;
+  // May start while the kernel before it still runs, and calls ptx::grid_wait before it touches
+  // what that one writes (compute capability 9.0 and up).
+  bool overlaps = false;
 };
 
 // Throws std::runtime_error when the launch is impossible or the runtime reports an error.
@@ -235,7 +239,8 @@ void launch(const char* name, void (*kernel)(Params...), LaunchShape shape,
 #if defined(LMINF_EMULATION)
   emulation::launch(name, {static_cast<unsigned>(shape.blocks), 1, 1},
                     {static_cast<unsigned>(shape.threads), 1, 1},
-                    static_cast<size_t>(shape.shared_bytes), [&] { kernel(args...); });
+                    static_cast<size_t>(shape.shared_bytes), shape.overlaps,
+                    [&] { kernel(args...); });
 #else
   auto check = [&](cudaError_t error) {
     if (error != cudaSuccess) {
@@ -252,6 +257,11 @@ void launch(const char* name, void (*kernel)(Params...), LaunchShape shape,
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlaps ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 #endif
 }

@@ -60,8 +60,12 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
     const BranchPlan<T> plan = branch_plan<T>(sources, t, branch, 1);
 #pragma unroll 1
     for (int64_t j = plan.visible.lo; j < plan.visible.hi; ++j) {
+      const float bias = distance_bias_at(p.score, t.head, i - j, 0);
+      if (bias == minus_infinity()) continue;
       const T* k_row = plan.k + (j - plan.k_origin) * plan.k_stride;
       const T* v_row = plan.v + (j - plan.v_origin) * plan.v_stride;
+      const float bias = distance_bias_at(p.score, t.head, i - j, 0);
+      if (bias == minus_infinity()) continue;  // hidden
       float product = 0.0f;
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {
@@ -70,7 +74,7 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
       product = warp_sum(product);
       const float distance = static_cast<float>(clamped_distance(i - j, p.max_distance));
       const float s = scoring.only_scales() ? product * scoring.exponent_unit()
-                                            : scoring.score<false>(product, slope, distance);
+                                            : scoring.score<false>(product, slope, distance, bias);
       const SoftmaxMerge both = merge(state, {s, 1.0f});
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {

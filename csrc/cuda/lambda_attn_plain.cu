@@ -1,11 +1,11 @@
 // Prefill forward in float32 arithmetic on ordinary cores, for float32 inputs and for what the
-// tensor-core kernel does not cover (head dims off a multiple of 8, unaligned rows).
+// tensor-core kernel does not cover (large head dims or ones off a multiple of 8, unaligned rows).
 //
-// Schedule of a block, 16 queries of one head, four rows a warp, the branches in the order of
-// lambda_attn_sm80.cuh: tiles of 32 keys in shared memory as float32; a lane works out whole
-// products of one key with its warp's rows; the warp reduces the softmax; then the values take the
-// keys' place, and a lane owns dims and adds them up. Rows, weights and outputs stay in shared
-// memory, so that any head dim works for which they fit.
+// Schedule of a block, kBlockM queries of one head, spread over four warps, the branches in the
+// order of lambda_attn_sm80.cuh: tiles of 32 keys pass through shared memory as float32, a piece of
+// their dims at a time; a lane works out whole products of one key with its warp's rows; the warp
+// reduces the softmax; then the values take the keys' place, and a lane owns dims and adds them up.
+// Rows, weights and outputs stay in shared memory.
 #include <cmath>
 
 #include "lambda_attn.h"
@@ -15,11 +15,13 @@ namespace lminf::cuda {
 namespace {
 
 constexpr int kThreads = kPlainWarps * kWarpSize;
-constexpr int kBlockM = kPlainTiles.block_m, kBlockN = kPlainTiles.block_n;
-constexpr int kWarpRows = kBlockM / kPlainWarps;
+constexpr int kBlockN = kWarpSize;
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnSources sources) {
+// At least four blocks a multiprocessor: told nothing, ptxas aims at more, and spills.
+template <typename T, int kBlockM>
+__global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const AttnSources sources) {
+  constexpr int kWarpRows = kBlockM / kPlainWarps;
+  constexpr int kKeyPitch = PlainSharedSizes::kKeyPitch;
   const LambdaAttnParams& p = sources.p;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize;
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
   if (tile.rows <= 0) return;
 
   // --- Shared memory ---
-  const PlainSharedSizes sizes(head_dim);
+  const PlainSharedSizes sizes({head_dim, kBlockM, kBlockN}, head_dim);
   unsigned char* memory = shared_memory();
   const SharedArray<BranchPlan<T>> plans(memory, kBranches);
   memory += kPlainPlanBytes;
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
     memory += 4 * floats;
     return array;
   };
-  const auto q = take(sizes.q), keys = take(sizes.keys), out = take(sizes.out),
+  const auto q = take(sizes.rows), out = take(sizes.rows), keys = take(sizes.keys),
              weights = take(sizes.weights);
 
   if (thread < kBranches) plans[thread] = branch_plan<T>(sources, tile, thread, kBlockN);
@@ -76,28 +78,34 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
     for (int64_t index = plan.tiles.begin; index < plan.tiles.end; ++index) {
       const int64_t position = plan.origin + index * kBlockN;
 
-      // --- Keys; those that no query sees are zeros, whatever stands there ---
-      auto load = [&](const T* rows, int64_t origin, int64_t stride) {
+      // A piece of keys or values; those that no query sees are zeros, whatever stands there.
+      auto load = [&](const T* rows, int64_t origin, int64_t stride, int first, int width) {
         __syncthreads();  // the last use of what stood here
-        for (int i = thread; i < kBlockN * head_dim; i += kThreads) {
-          const int row = i / head_dim, dim = i % head_dim;
+        for (int i = thread; i < kBlockN * width; i += kThreads) {
+          const int row = i / width, dim = i % width;
           const int64_t j = position + row;
           const bool there = j >= plan.visible.lo && j < plan.visible.hi;
-          keys[row * sizes.key_pitch + dim] =
-              there ? to_float(load_global(rows + (j - origin) * stride + dim)) : 0.0f;
+          keys[row * kKeyPitch + dim] =
+              there ? to_float(load_global(rows + (j - origin) * stride + first + dim)) : 0.0f;
         }
         __syncthreads();
       };
-      load(plan.k, plan.k_origin, plan.k_stride);
 
       // --- Scores and softmax ---
       float product[kWarpRows] = {};
-      for (int dim = 0; dim < head_dim; ++dim) {
-        const float key = keys[lane * sizes.key_pitch + dim];
+      for (int first = 0; first < head_dim; first += kPlainPiece) {
+        const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
+        load(plan.k, plan.k_origin, plan.k_stride, first, width);
+        float part[kWarpRows] = {};  // a sum of its own: long sums lose digits
+        for (int dim = 0; dim < width; ++dim) {
+          const float key = keys[lane * kKeyPitch + dim];
 #pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) {
-          product[r] = fmaf(q[(warp_row + r) * head_dim + dim], key, product[r]);
+          for (int r = 0; r < kWarpRows; ++r) {
+            part[r] = fmaf(q[(warp_row + r) * head_dim + first + dim], key, part[r]);
+          }
         }
+#pragma unroll
+        for (int r = 0; r < kWarpRows; ++r) product[r] += part[r];
       }
       float factor[kWarpRows];
 #pragma unroll
@@ -122,22 +130,25 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
       }
 
       // --- Values ---
-      load(plan.v, plan.v_origin, plan.v_stride);
-      for (int dim = lane; dim < head_dim; dim += kWarpSize) {
-        float total[kWarpRows] = {};
-        for (int row = 0; row < kBlockN; ++row) {
-          const float value = keys[row * sizes.key_pitch + dim];
+      for (int first = 0; first < head_dim; first += kPlainPiece) {
+        const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
+        load(plan.v, plan.v_origin, plan.v_stride, first, width);
+        for (int dim = lane; dim < width; dim += kWarpSize) {
+          float total[kWarpRows] = {};
+          for (int row = 0; row < kBlockN; ++row) {
+            const float value = keys[row * kKeyPitch + dim];
+#pragma unroll
+            for (int r = 0; r < kWarpRows; ++r) {
+              // A key that a row does not see leaves it alone, be its value infinite.
+              const float weight = weights[(warp_row + r) * kBlockN + row];
+              if (weight != 0.0f) total[r] = fmaf(weight, value, total[r]);
+            }
+          }
 #pragma unroll
           for (int r = 0; r < kWarpRows; ++r) {
-            // A key that a row does not see leaves it alone, be its value infinite.
-            const float weight = weights[(warp_row + r) * kBlockN + row];
-            if (weight != 0.0f) total[r] = fmaf(weight, value, total[r]);
+            float& o = out[(warp_row + r) * head_dim + first + dim];
+            o = o * factor[r] + total[r];
           }
-        }
-#pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) {
-          float& o = out[(warp_row + r) * head_dim + dim];
-          o = o * factor[r] + total[r];
         }
       }
     }
@@ -165,19 +176,28 @@ __global__ void __launch_bounds__(kThreads) lambda_attn_plain_kernel(const AttnS
   }
 }
 
+template <typename T, int kBlockM>
+void run(AttnSources sources, Stream stream) {
+  const LambdaAttnParams& p = sources.p;
+  const int head_dim = static_cast<int>(p.head_dim);
+  sources.query_tiles = query_tiles(p, kBlockM);
+  launch("lambda_attn_plain", lambda_attn_plain_kernel<T, kBlockM>,
+         {sources.query_tiles * p.heads_q * p.batch, kThreads,
+          PlainSharedSizes({head_dim, kBlockM, kBlockN}, head_dim).bytes()},
+         stream, sources);
+}
+
 template <typename T>
 void run(const AttnSources& sources, Stream stream) {
-  const LambdaAttnParams& p = sources.p;
-  launch("lambda_attn_plain", lambda_attn_plain_kernel<T>,
-         {sources.query_tiles * p.heads_q * p.batch, kThreads,
-          PlainSharedSizes(static_cast<int>(p.head_dim)).bytes()},
-         stream, sources);
+  constexpr int kRows = plain_tiles(1).block_m, kFewRows = plain_tiles(kMaxHeadDim).block_m;
+  static_assert(plain_tiles(1).block_n == kBlockN, "a key for each lane");
+  if (plain_tiles(sources.p.head_dim).block_m == kRows) return run<T, kRows>(sources, stream);
+  run<T, kFewRows>(sources, stream);
 }
 
 }  // namespace
 
 void lambda_attn_plain(AttnSources sources, Stream stream) {
-  sources.query_tiles = query_tiles(sources.p, kBlockM);
   switch (sources.p.dtype) {
     case DType::kFloat32:
       return run<float>(sources, stream);

@@ -17,7 +17,7 @@ namespace lminf::cuda {
 struct DecodeLaunch {
   LambdaDecodeParams p;
   int64_t splits = 1;
-  int64_t head_tiles = 1;                 // tiles of kDecodeRows query heads per key head
+  int64_t head_tiles = 1;                 // tiles of query heads per key head
   float* partial_out = nullptr;           // [B, Hq, splits, D] not yet divided by the sum
   SoftmaxState* partial_state = nullptr;  // [B, Hq, splits]
 };

@@ -1,9 +1,10 @@
 // Decoding in float32 arithmetic on ordinary cores, for float32 and for what lambda_decode_sm80.cu
 // does not cover.
 //
-// Schedule: blocks as in lambda_decode_sm80.cu; a block's four warps hold four query heads each and
-// walk together over the split's tiles of 16 keys, which stand in shared memory as float32. A lane
-// works out the product of one key with two of the warp's heads, then owns dims.
+// Schedule: blocks as in lambda_decode_sm80.cu; a block's warps hold a few of its kRows query heads
+// each and walk together over the split's tiles of 16 keys, which pass through shared memory as
+// float32, a piece of their dims at a time. A lane works out the products of one key with every
+// second of the warp's heads, then owns dims.
 #include "lambda_decode.h"
 #include "rotary.cuh"
 #include "score.cuh"
@@ -11,8 +12,6 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kThreads = kDecodePlainWarps * kWarpSize;
-constexpr int kWarpRows = kDecodeRows / kDecodePlainWarps;
 constexpr int kHalves = kWarpSize / kDecodeTileKeys;  // a half warp for each of two rows at a time
 
 // The maximum or sum over a half warp.
@@ -32,19 +31,37 @@ LMINF_DEVICE float half_warp_sum(float x) {
   return x;
 }
 
+// Element `dim` of a raw global key, rotated as the query at `position` meets the key at j.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const DecodeLaunch l) {
+LMINF_DEVICE float rotated_element(const LambdaDecodeParams& p, const T* key, int dim, int64_t j,
+                                   int64_t position) {
+  const int t = p.rope.interleaved ? dim / 2 : dim % (p.rope.rotary_dim / 2);
+  const PairDims dims = pair_dims(t, p.rope.rotary_dim, p.rope.interleaved);
+  float first = to_float(load_global(key + dims.first));
+  float second = to_float(load_global(key + dims.second));
+  const int64_t met_at = max64(j, position - min64(p.max_distance, kUnbounded));
+  rotate_pair(rotation(met_at, load_frequency(p.rope, t)), first, second);
+  return (dim == dims.first ? first : second) * p.rope.scaling;
+}
+
+// Two blocks a multiprocessor: told nothing, ptxas aims at more of the small ones, and spills.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
+    lambda_decode_plain_kernel(const DecodeLaunch l) {
+  constexpr int kThreads = decode_plain_warps(kRows) * kWarpSize;
+  constexpr int kWarpRows = kRows / decode_plain_warps(kRows);
+  constexpr int kKeyPitch = DecodePlainSharedSizes::kKeyPitch;
   const LambdaDecodeParams& p = l.p;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int head_dim = static_cast<int>(p.head_dim);
   const DecodeBlock d = decode_block(l, blockIdx.x);
   const int64_t group = p.heads_q / p.heads_kv;
-  const int64_t first_head = d.kv_head * group + d.head_tile * kDecodeRows;
-  const int heads = static_cast<int>(min64(kDecodeRows, group - d.head_tile * kDecodeRows));
+  const int64_t first_head = d.kv_head * group + d.head_tile * kRows;
+  const int heads = static_cast<int>(min64(kRows, group - d.head_tile * kRows));
 
   // --- Shared memory ---
-  const DecodePlainSharedSizes sizes(head_dim);
+  const DecodePlainSharedSizes sizes(kRows, head_dim);
   unsigned char* memory = shared_memory();
   auto take = [&](int floats) {
     const SharedArray<float> array(memory, floats);
@@ -56,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
 
   // --- q and the new token, rotated; the token is written to its slots ---
   const T* q_rows = static_cast<const T*>(p.q) + d.batch * p.q_stride.batch;
-  for (int i = thread; i < kDecodeRows * head_dim; i += kThreads) {
+  for (int i = thread; i < kRows * head_dim; i += kThreads) {
     const int row = i / head_dim, dim = i % head_dim;
     q[i] = row < heads && d.position >= 0
                ? to_float(load_global(q_rows + (first_head + row) * p.q_stride.head + dim))
@@ -125,57 +142,63 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
 
   for (int64_t index = d.tiles.lo; index < d.tiles.hi; ++index) {
     const DecodeTile tile = decode_tile(d, index);
-    // Loads keys or values; the new token comes from shared memory, missing rows are zeros.
-    auto load = [&](const void* data, const Strides& s, const SharedArray<float>& own) {
+    // A piece of keys or values; the new token comes from shared memory, missing rows are zeros.
+    auto load = [&](const void* data, const Strides& s, const SharedArray<float>& own, int first,
+                    int width, bool rotated) {
       const T* rows = static_cast<const T*>(data) + d.batch * s.batch + d.kv_head * s.head;
       const int64_t first_slot = tile.global ? tile.first : tile.first % p.capacity;
       const int64_t slots = tile.global ? p.n_global : p.capacity;
       __syncthreads();  // the last use of what stood here
-      for (int i = thread; i < kDecodeTileKeys * head_dim; i += kThreads) {
-        const int row = i / head_dim, dim = i % head_dim;
+      for (int i = thread; i < kDecodeTileKeys * width; i += kThreads) {
+        const int row = i / width, dim = first + i % width;
         const int64_t j = tile.first + row;
         float x = 0.0f;
         if (j == d.position) {
           x = own[dim];
         } else if (row < tile.keys) {
-          const int64_t slot = first_slot + row;
-          x = to_float(load_global(rows + (slot < slots ? slot : slot - slots) * s.seq + dim));
+          const int64_t slot =
+              first_slot + row < slots ? first_slot + row : first_slot + row - slots;
+          const T* from = rows + slot * s.seq;
+          x = rotated && dim < p.rope.rotary_dim ? rotated_element(p, from, dim, j, d.position)
+                                                 : to_float(load_global(from + dim));
         }
-        keys[row * sizes.key_pitch + dim] = x;
+        keys[row * kKeyPitch + i % width] = x;
       }
       __syncthreads();
     };
-    load(tile.global ? p.global_k : p.ring_k, tile.global ? p.global_k_stride : p.ring_k_stride,
-         new_k);
-    if (tile.global && p.rope.rotary_dim > 0) {
-      const int pairs = p.rope.rotary_dim / 2;
-      for (int i = thread; i < tile.keys * pairs; i += kThreads) {
-        const int row = i / pairs, t = i % pairs;
-        const PairDims dims = pair_dims(t, p.rope.rotary_dim, p.rope.interleaved);
-        const int64_t position =
-            max64(tile.first + row, d.position - min64(p.max_distance, kUnbounded));
-        rotate(keys[row * sizes.key_pitch + dims.first], keys[row * sizes.key_pitch + dims.second],
-               rotation(position, load_frequency(p.rope, t)));
-      }
-      __syncthreads();
-    }
 
+    // Before the softmax: products of this lane's key with its half's rows.
+    float product[kWarpRows / kHalves] = {};
+    for (int first = 0; first < head_dim; first += kPlainPiece) {
+      const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
+      load(tile.global ? p.global_k : p.ring_k, tile.global ? p.global_k_stride : p.ring_k_stride,
+           new_k, first, width, tile.global);
+      float part[kWarpRows / kHalves] = {};  // a sum of its own: long sums lose digits
+      for (int dim = 0; dim < width; ++dim) {
+        const float key = keys[column * kKeyPitch + dim];
+#pragma unroll
+        for (int r = 0; r < kWarpRows / kHalves; ++r) {
+          const int row = warp * kWarpRows + kHalves * r + half;
+          part[r] = fmaf(q[row * head_dim + first + dim], key, part[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kWarpRows / kHalves; ++r) product[r] += part[r];
+    }
     float factor[kWarpRows];
 #pragma unroll
     for (int r = 0; r < kWarpRows; r += kHalves) {
       const int row = warp * kWarpRows + r + half;
-      float product = 0.0f;
-      for (int dim = 0; dim < head_dim; ++dim) {
-        product = fmaf(q[row * head_dim + dim], keys[column * sizes.key_pitch + dim], product);
-      }
       const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
       const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
       const float bias =
           row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
-      const float s = column >= tile.keys ? minus_infinity()
-                      : scoring.only_scales()
-                          ? product * scoring.exponent_unit()
-                          : scoring.score<true>(product, slope, static_cast<float>(distance), bias);
+      float s = minus_infinity();
+      if (column < tile.keys) {
+        s = scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()
+                                  : scoring.score<true>(product[r / kHalves], slope,
+                                                        static_cast<float>(distance), bias);
+      }
       // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
       const float max = half_warp_max(s);
 #pragma unroll
@@ -196,19 +219,23 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
       }
       weights[row * kDecodeTileKeys + column] = weight;
     }
-    load(tile.global ? p.global_v : p.ring_v, tile.global ? p.global_v_stride : p.ring_v_stride,
-         new_v);
-    for (int dim = lane; dim < head_dim; dim += kWarpSize) {
+    for (int first = 0; first < head_dim; first += kPlainPiece) {
+      const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
+      load(tile.global ? p.global_v : p.ring_v, tile.global ? p.global_v_stride : p.ring_v_stride,
+           new_v, first, width, false);
+      for (int dim = lane; dim < width; dim += kWarpSize) {
 #pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) {
-        const int row = warp * kWarpRows + r;
-        float total = 0.0f;
-        for (int key = 0; key < kDecodeTileKeys; ++key) {
-          // A hidden key leaves its row alone, be its value infinite.
-          const float weight = weights[row * kDecodeTileKeys + key];
-          if (weight != 0.0f) total = fmaf(weight, keys[key * sizes.key_pitch + dim], total);
+        for (int r = 0; r < kWarpRows; ++r) {
+          const int row = warp * kWarpRows + r;
+          float total = 0.0f;
+          for (int key = 0; key < kDecodeTileKeys; ++key) {
+            // A hidden key leaves its row alone, be its value infinite.
+            const float weight = weights[row * kDecodeTileKeys + key];
+            if (weight != 0.0f) total = fmaf(weight, keys[key * kKeyPitch + dim], total);
+          }
+          float& o = out[row * head_dim + first + dim];
+          o = o * factor[r] + total;
         }
-        out[row * head_dim + dim] = out[row * head_dim + dim] * factor[r] + total;
       }
     }
   }
@@ -223,13 +250,19 @@ __global__ void __launch_bounds__(kThreads) lambda_decode_plain_kernel(const Dec
   }
 }
 
-template <typename T>
+template <typename T, int kRows>
 void run(const DecodeLaunch& l, Stream stream) {
   const int head_dim = static_cast<int>(l.p.head_dim);
-  launch("lambda_decode_plain", lambda_decode_plain_kernel<T>,
-         {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, kThreads,
-          DecodePlainSharedSizes(head_dim).bytes(head_dim)},
+  launch("lambda_decode_plain", lambda_decode_plain_kernel<T, kRows>,
+         {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, decode_plain_warps(kRows) * kWarpSize,
+          DecodePlainSharedSizes(kRows, head_dim).bytes(head_dim)},
          stream, l);
+}
+
+template <typename T>
+void run(const DecodeLaunch& l, Stream stream) {
+  if (decode_plain_rows(l.p.head_dim) == kDecodeRows) return run<T, kDecodeRows>(l, stream);
+  run<T, decode_plain_rows(kMaxHeadDim)>(l, stream);
 }
 
 }  // namespace

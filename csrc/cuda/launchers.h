@@ -23,7 +23,7 @@ DeviceFacts device_facts(int device);
 // Which kernel runs.
 enum class AttnKernel : int32_t {
   kTensorCore,  // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes
-  kPlain,       // float32 arithmetic on ordinary cores: everything else with D up to 384
+  kPlain,       // float32 arithmetic on ordinary cores: everything else with D up to 2048
 };
 const char* name_of(AttnKernel kernel);
 
@@ -31,17 +31,20 @@ AttnKernel lambda_attn_kernel(const LambdaAttnParams& params, int capability);
 AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params, int capability);
 
 // How a call is cut, and the device memory that it needs while it runs: keys rotated once, or the
-// partial results of a decoding step. Neither these nor the kernel depend on what stands in device
+// partial results of splits. Neither these nor the kernel depend on what stands in device
 // memory, so that a captured launch stays right as positions grow. They throw what the launchers
 // throw; no device is asked.
 KernelPlan lambda_attn_plan(const LambdaAttnParams& params, const DeviceFacts& device);
 KernelPlan lambda_decode_plan(const LambdaDecodeParams& params, const DeviceFacts& device);
+KernelPlan middle_topk_plan(const MiddleTopkParams& params, const DeviceFacts& device);
 
 // `workspace` is aligned to 256 bytes and holds the plan's workspace_bytes.
 void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void* workspace,
                  Stream stream);
 void lambda_decode(const LambdaDecodeParams& params, const DeviceFacts& device, void* workspace,
                    Stream stream);
+void middle_topk(const MiddleTopkParams& params, const DeviceFacts& device, void* workspace,
+                 Stream stream);
 
 void clamped_rope(const ClampedRopeParams& params, Stream stream);
 

@@ -85,7 +85,7 @@ KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device
   KernelPlan plan;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return plan;
   const AttnKernel kernel = lambda_attn_kernel(p, device.capability);
-  TileSizes tiles = kPlainTiles;
+  TileSizes tiles = plain_tiles(p.head_dim);
   switch (kernel) {
     case AttnKernel::kTensorCore:
       tiles = sm80_tiles(p.head_dim);
@@ -94,7 +94,7 @@ KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device
       break;
     case AttnKernel::kPlain:
       plan.threads = kPlainWarps * kWarpSize;
-      plan.shared_bytes = PlainSharedSizes(static_cast<int>(p.head_dim)).bytes();
+      plan.shared_bytes = PlainSharedSizes(tiles, static_cast<int>(p.head_dim)).bytes();
       break;
   }
   plan.kernel = name_of(kernel);
@@ -108,7 +108,8 @@ KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device
 
 DecodeShape decode_shape(const LambdaDecodeParams& p, int multiprocessors) {
   DecodeShape shape;
-  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, kDecodeRows);
+  shape.rows = decode_plain_rows(p.head_dim);
+  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, shape.rows);
   const int64_t most_tiles = ceil_div(min64(p.window, p.capacity), kDecodeTileKeys) +
                              ceil_div(p.n_global, kDecodeTileKeys);
   const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
@@ -138,16 +139,42 @@ KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& de
       break;
     }
     case AttnKernel::kPlain:
-      plan.threads = kDecodePlainWarps * kWarpSize;
-      plan.shared_bytes = DecodePlainSharedSizes(head_dim).bytes(head_dim);
+      plan.threads = decode_plain_warps(shape.rows) * kWarpSize;
+      plan.shared_bytes = DecodePlainSharedSizes(shape.rows, head_dim).bytes(head_dim);
       break;
   }
   plan.kernel = name_of(kernel);
-  plan.block_m = kDecodeRows;
+  plan.block_m = shape.rows;
   plan.block_n = kDecodeTileKeys;
   plan.splits = shape.splits;
   plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
   check_blocks("lambda_decode", plan.blocks);
+  plan.workspace_bytes = shape.workspace_bytes;
+  return plan;
+}
+
+MiddleShape middle_shape(const MiddleTopkParams& p, int multiprocessors) {
+  check_head_dim("middle_topk", p.head_dim);
+  constexpr int64_t kLeastKeys = 1024;  // of a split
+  MiddleShape shape;
+  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, kMiddleHeads);
+  const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
+  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / blocks;
+  shape.splits = max64(1, min64(wanted, p.seqlen_k / kLeastKeys));
+  const int64_t entries = p.batch * p.heads_q * shape.splits * p.top_k;
+  shape.position_bytes = aligned_up(entries * 8);
+  shape.workspace_bytes = shape.position_bytes + entries * 4;
+  return shape;
+}
+
+KernelPlan middle_topk_plan(const MiddleTopkParams& p, const DeviceFacts& device) {
+  const MiddleShape shape = middle_shape(p, device.multiprocessors);
+  KernelPlan plan;
+  plan.kernel = name_of(AttnKernel::kPlain);
+  plan.block_m = kMiddleHeads;
+  plan.splits = shape.splits;
+  plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
+  check_blocks("middle_topk", plan.blocks);
   plan.workspace_bytes = shape.workspace_bytes;
   return plan;
 }

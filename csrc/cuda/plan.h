@@ -11,7 +11,11 @@
 
 namespace lminf::cuda {
 
-constexpr int64_t kMaxHeadDim = 384;  // the plain kernels' rows and keys in 99 KiB
+constexpr int64_t kMaxHeadDim = 2048;  // the plain kernels' rows and keys in 99 KiB
+// The plain kernels keep whole rows of queries and outputs in shared memory, and pass over the dims
+// of keys and values in pieces of so many. Past kManyDims they take fewer rows at a time.
+constexpr int kPlainPiece = 128;
+constexpr int64_t kManyDims = 512;
 
 // Throws std::runtime_error when no launch takes so many blocks.
 inline void check_blocks(const char* kernel, int64_t blocks) {
@@ -60,20 +64,21 @@ constexpr int sm80_shared_bytes(TileSizes t) {
 
 // --- Prefill on ordinary cores (lambda_attn_plain.cu) ---
 
-constexpr TileSizes kPlainTiles = {0, 16, 32};  // a key for each lane
 constexpr int kPlainWarps = 4;
 constexpr int kPlainPlanBytes = 512;
 
+constexpr TileSizes plain_tiles(int64_t head_dim) {  // a key for each lane
+  return {0, head_dim <= kManyDims ? 16 : 4, 32};
+}
+
 struct PlainSharedSizes {
-  int q, keys, out, weights;  // floats
-  int key_pitch;              // odd, so that the lanes' keys stand in different banks
-  LMINF_HD explicit PlainSharedSizes(int head_dim)
-      : q(kPlainTiles.block_m * head_dim),
-        keys(kPlainTiles.block_n * (head_dim | 1)),
-        out(kPlainTiles.block_m * head_dim),
-        weights(kPlainTiles.block_m * kPlainTiles.block_n),
-        key_pitch(head_dim | 1) {}
-  LMINF_HD int bytes() const { return 4 * (q + keys + out + weights) + kPlainPlanBytes; }
+  static constexpr int kKeyPitch = kPlainPiece + 1;  // odd: the lanes' keys in different banks
+  int rows, keys, weights;                           // floats
+  LMINF_HD PlainSharedSizes(TileSizes tiles, int head_dim)
+      : rows(tiles.block_m * head_dim),
+        keys(tiles.block_n * kKeyPitch),
+        weights(tiles.block_m * tiles.block_n) {}
+  LMINF_HD int bytes() const { return 4 * (2 * rows + keys + weights) + kPlainPlanBytes; }
 };
 
 // --- Keys rotated once, before either ---
@@ -114,7 +119,8 @@ constexpr int kDecodeRows = 16;      // query heads of one key head in one tile
 constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 
 struct DecodeShape {
-  int64_t head_tiles = 1;  // tiles of kDecodeRows query heads per key head
+  int rows = kDecodeRows;  // query heads of a tile
+  int64_t head_tiles = 1;  // tiles per key head
   int64_t splits = 1;
   int64_t state_bytes = 0;      // of the splits' softmax states, at the workspace's start
   int64_t workspace_bytes = 0;  // of these and the splits' outputs
@@ -136,16 +142,33 @@ constexpr int decode_sm80_shared_bytes(int head_dim) {
          decode_sm80_warps(head_dim) * (decode_sm80_warp_bytes(head_dim) + kDecodeRows * kState);
 }
 
-constexpr int kDecodePlainWarps = 4;
+// Of the plain kernel (lambda_decode_plain.cu): query heads of a tile, and their warps.
+constexpr int decode_plain_rows(int64_t head_dim) {
+  return head_dim <= kManyDims ? kDecodeRows : 4;
+}
+constexpr int decode_plain_warps(int rows) { return rows == kDecodeRows ? 4 : 2; }
+
 struct DecodePlainSharedSizes {
-  int rows, keys, weights;  // floats
-  int key_pitch;            // odd, so that the lanes' keys stand in different banks
-  LMINF_HD explicit DecodePlainSharedSizes(int head_dim)
-      : rows(kDecodeRows * head_dim),
-        keys(kDecodeTileKeys * (head_dim | 1)),
-        weights(kDecodeRows * kDecodeTileKeys),
-        key_pitch(head_dim | 1) {}
+  static constexpr int kKeyPitch = kPlainPiece + 1;  // odd: the lanes' keys in different banks
+  int rows, keys, weights;                           // floats
+  LMINF_HD DecodePlainSharedSizes(int n_rows, int head_dim)
+      : rows(n_rows * head_dim),
+        keys(kDecodeTileKeys * kKeyPitch),
+        weights(n_rows * kDecodeTileKeys) {}
   LMINF_HD int bytes(int head_dim) const { return 4 * (2 * rows + keys + weights + 2 * head_dim); }
 };
+
+// --- Middle tokens (middle_topk.cu) ---
+
+constexpr int kMiddleHeads = 4;  // query heads of a tile
+
+struct MiddleShape {
+  int64_t head_tiles = 1;  // per key head
+  int64_t splits = 1;
+  int64_t position_bytes = 0;   // of the lists' positions, at the workspace's start
+  int64_t workspace_bytes = 0;  // of these and the lists' scores
+};
+// Throws std::invalid_argument for a head dim that no kernel covers.
+MiddleShape middle_shape(const MiddleTopkParams& params, int multiprocessors);
 
 }  // namespace lminf::cuda

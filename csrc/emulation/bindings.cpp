@@ -211,6 +211,41 @@ void clamped_rope(const py::dict& values) {
   cuda::clamped_rope(p, nullptr);
 }
 
+void middle_topk(const py::dict& values) {
+  const Arguments a(values);
+  MiddleTopkParams p;
+  p.dtype = a.dtype("q");
+  p.q = a.pointer("q");
+  p.k = a.pointer("k");
+  p.v = a.pointer("v");
+  p.lambda_out = a.pointer("lambda_out");
+  p.lambda_lse = static_cast<const float*>(a.pointer("lambda_lse"));
+  p.out = a.pointer("out");
+  p.lse = static_cast<float*>(a.pointer("lse"));
+  p.chosen = static_cast<int64_t*>(a.pointer("chosen"));
+  p.q_stride = a.strides("q");
+  p.k_stride = a.strides("k");
+  p.v_stride = a.strides("v");
+  p.lambda_out_stride = a.strides("lambda_out");
+  p.out_stride = a.strides("out");
+  p.positions = static_cast<const int64_t*>(a.pointer("positions"));
+  p.k_start = static_cast<const int64_t*>(a.pointer("k_start"));
+  p.batch = a.number<int64_t>("batch");
+  p.heads_q = a.number<int64_t>("heads_q");
+  p.heads_kv = a.number<int64_t>("heads_kv");
+  p.seqlen_k = a.number<int64_t>("seqlen_k");
+  p.head_dim = a.number<int64_t>("head_dim");
+  p.n_global = a.number<int64_t>("n_global");
+  p.window = a.number<int64_t>("window");
+  p.top_k = a.number<int64_t>("top_k");
+  p.distance = a.number<int64_t>("distance");
+  p.rope = a.rope();
+  p.score = a.score();
+  const cuda::DeviceFacts device = cuda::device_facts(0);
+  Workspace workspace(cuda::middle_topk_plan(p, device).workspace_bytes);
+  cuda::middle_topk(p, device, workspace.data(), nullptr);
+}
+
 }  // namespace
 }  // namespace lminf::emulation
 
@@ -221,6 +256,7 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def("lambda_attn", &lambda_attn);
   m.def("lambda_decode", &lambda_decode);
   m.def("clamped_rope", &clamped_rope);
+  m.def("middle_topk", &middle_topk);
   m.def(
       "set_device",
       [](int capability, int multiprocessors) { set_device({capability, multiprocessors}); },

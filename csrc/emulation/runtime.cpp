@@ -12,11 +12,15 @@
 #include <vector>
 
 #include "fiber.h"
+#include "ptx_sm90.h"
 
 #if defined(LMINF_THREAD_SANITIZER)
 #include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_read_range(void* address, unsigned long bytes);
 extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+// Reads and writes, for all its name.
+extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
 #endif
 
 namespace lminf::emulation {
@@ -108,6 +112,7 @@ struct Thread {
 struct Barrier {
   Queue<Thread*> waiting;
   unsigned expected = 0;
+  unsigned arrived = 0;  // without waiting
   uint64_t phase = 0;
   char tokens[2] = {};
 };
@@ -136,13 +141,6 @@ std::string show(Index3 i) {
   return out.str();
 }
 
-std::string show(Site s) {
-  std::ostringstream out;
-  const char* slash = std::strrchr(s.file, '/');
-  out << s.what << " (" << (slash ? slash + 1 : s.file) << ':' << s.line << ')';
-  return out.str();
-}
-
 struct Launch {
   const char* kernel = nullptr;
   Index3 grid{}, block{}, block_index{};
@@ -155,6 +153,8 @@ struct Launch {
   Queue<Thread*> ready;
   Thread* running = nullptr;
   Fiber caller;
+  unsigned n_done = 0;  // threads of the running block
+  bool overlaps = false, waited_for_grid = false;
   bool shuffled = false;
   std::mt19937_64 random;
   std::vector<Bytes> shared;  // the running block's last; earlier ones kept for ThreadSanitizer
@@ -164,8 +164,12 @@ struct Launch {
 
   unsigned char* shared_base() { return shared.back().get(); }
 
+  // Threads come first: the engines work when none can run, in a shuffled order at any time.
   Thread* take_next() {
-    if (ready.empty()) return nullptr;
+    if (shuffled && error.empty() && random() % 8 == 0) engines::step();
+    while (ready.empty() && n_done < n_threads && error.empty() && engines::step()) {
+    }
+    if (ready.empty() || !error.empty()) return nullptr;
     if (shuffled) std::swap(ready[0], ready[random() % ready.size()]);
     return ready.pop();
   }
@@ -245,6 +249,7 @@ void thread_entry() {
   try {
     (*l.body)();
     l.running->state = State::kDone;
+    ++l.n_done;
   } catch (const Abandoned&) {
     l.ready.clear();  // so that the launch's caller comes next
   } catch (const std::exception& error) {
@@ -272,8 +277,14 @@ void run_block(Launch& l, Index3 index) {
     w.phase = 0;
   }
   l.block_barrier.waiting.clear();
-  for (Barrier& b : l.named) b.waiting.clear();
+  for (Barrier& b : l.named) {
+    b.waiting.clear();
+    b.arrived = 0;
+  }
   l.ready.clear();
+  l.n_done = 0;
+  l.waited_for_grid = false;
+  engines::start_block();
   for (unsigned i = 0; i < l.n_threads; ++i) {
     Thread& t = (*l.threads)[i];
     t.linear = i;
@@ -293,7 +304,7 @@ void run_block(Launch& l, Index3 index) {
   for (unsigned i = 0; i < l.n_threads; ++i) {
     const Thread& t = (*l.threads)[i];
     if (t.state == State::kWaiting) {
-      l.error = "deadlock in " + l.where(t) + ":" + l.waiting_report();
+      l.error = "deadlock in " + l.where(t) + ":" + l.waiting_report() + engines::report();
       return;
     }
     if (!t.copies.empty()) {
@@ -301,6 +312,19 @@ void run_block(Launch& l, Index3 index) {
       return;
     }
   }
+  for (unsigned id = 0; id < kNamedBarriers; ++id) {
+    if (l.named[id].arrived > 0) {
+      l.error = l.where((*l.threads)[0]) + ": named barrier " + std::to_string(id) + " was left " +
+                "with " + std::to_string(l.named[id].arrived) + " threads arrived";
+      return;
+    }
+  }
+  if (l.overlaps && !l.waited_for_grid) {
+    l.error = l.where((*l.threads)[0]) + ": launched to overlap the kernel before it, but no " +
+              "thread of the block called grid_wait";
+    return;
+  }
+  engines::end_block();
 }
 
 }  // namespace
@@ -310,7 +334,7 @@ void set_schedule_seed(uint64_t seed) { schedule_seed = seed; }
 Device device() { return the_device; }
 void set_device(Device device) { the_device = device; }
 
-void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes,
+void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, bool overlaps,
             const std::function<void()>& body) {
   if (current != nullptr) throw Fault("a kernel cannot launch a kernel here");
   Launch l;
@@ -320,6 +344,7 @@ void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes,
   l.n_threads = block.x * block.y * block.z;
   l.body = &body;
   l.shared_bytes = shared_bytes;
+  l.overlaps = overlaps;
   l.shuffled = schedule_seed != 0;
   l.random.seed(schedule_seed);
   const uint64_t n_blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -421,28 +446,31 @@ void sync_threads(Site site) {
   happens_after(token);
 }
 
-void named_barrier(Site site, unsigned id, unsigned threads) {
+void named_barrier(Site site, unsigned id, unsigned threads, bool waits) {
   Launch& l = here();
   if (id >= kNamedBarriers) index_fault("named barrier", id, kNamedBarriers);
   if (threads == 0 || threads % kWarpSize != 0 || threads > l.n_threads) {
     fault("named barrier of " + std::to_string(threads) + " threads: must be whole warps");
   }
   Barrier& b = l.named[id];
-  if (!b.waiting.empty() && b.expected != threads) {
+  if (b.waiting.size() + b.arrived > 0 && b.expected != threads) {
     fault("named barrier " + std::to_string(id) + ": " + std::to_string(threads) +
-          " threads expected here, " + std::to_string(b.expected) + " by those that wait");
+          " threads expected here, " + std::to_string(b.expected) + " by those that came before");
   }
   b.expected = threads;
   void* token = &b.tokens[b.phase & 1];
   happens_before(token);
-  if (b.waiting.size() + 1 == threads) {
+  if (b.waiting.size() + b.arrived + 1 == threads) {
     ++b.phase;
+    b.arrived = 0;
     l.wake(b.waiting);
-  } else {
+  } else if (waits) {
     b.waiting.push(l.running);
     l.wait(site);
+  } else {
+    ++b.arrived;
   }
-  happens_after(token);
+  if (waits) happens_after(token);
 }
 
 void warp_collective(Site site, uint32_t mask, const uint32_t* in, int n_in, uint32_t* out,
@@ -516,7 +544,91 @@ void copy_async_wait(int newest_groups_left) {
   while (!copies.empty() && copies[0].group + left < open) l.land(copies.pop());
 }
 
+unsigned thread_number() { return here().running->linear; }
+unsigned block_threads() { return here().n_threads; }
+size_t shared_size() { return here().shared_bytes; }
+void grid_wait() { here().waited_for_grid = true; }
+
+uint64_t random_below(uint64_t n) {
+  Launch& l = *current;  // the engines ask as well, between two threads
+  return l.shuffled ? l.random() % n : 0;
+}
+bool chance() { return random_below(2) == 1; }
+
+void wait_on(WaitList& list, Site site) {
+  Launch& l = here();
+  list.threads.push_back(l.running->linear);
+  l.wait(site);
+}
+
+void wake(WaitList& list) {
+  Launch& l = *current;
+  for (unsigned linear : list.threads) {
+    Thread& t = (*l.threads)[linear];
+    t.state = State::kReady;
+    l.ready.push(&t);
+  }
+  list.threads.clear();
+}
+
+void fail(unsigned thread, const std::string& message) {
+  Launch& l = *current;
+  l.error = l.where((*l.threads)[thread]) + ": " + message;
+  l.ready.clear();
+}
+
+std::string show(Site s) {
+  std::ostringstream out;
+  const char* slash = std::strrchr(s.file, '/');
+  out << s.what << " (" << (slash ? slash + 1 : s.file) << ':' << s.line << ')';
+  return out.str();
+}
+
+void release(void* token) { happens_before(token); }
+void acquire(void* token) { happens_after(token); }
+
+#if defined(LMINF_THREAD_SANITIZER)
+Unwatched::Unwatched() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }
+Unwatched::~Unwatched() { AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+
+namespace {
+
+template <typename Act>
+void as_fiber(void* fiber, Act act) {
+  void* self = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
+  act();
+  __tsan_switch_to_fiber(self, __tsan_switch_to_fiber_no_sync);
+}
+
+}  // namespace
+
+void Agent::make() { fiber_ = __tsan_create_fiber(0); }
+void Agent::release(void* token) {
+  as_fiber(fiber_, [&] { __tsan_release(token); });
+}
+void Agent::read(const void* address, size_t bytes) {
+  as_fiber(fiber_, [&] { announce_read(address, bytes); });
+}
+void Agent::write(void* address, size_t bytes) {
+  as_fiber(fiber_, [&] { announce_write(address, bytes); });
+}
+void Agent::finish() {
+  if (fiber_ != nullptr) __tsan_destroy_fiber(fiber_);
+  fiber_ = nullptr;
+}
+#else
+Unwatched::Unwatched() = default;
+Unwatched::~Unwatched() = default;
+void Agent::make() { (void)fiber_; }
+void Agent::release(void*) {}
+void Agent::read(const void*, size_t) {}
+void Agent::write(void*, size_t) {}
+void Agent::finish() {}
+#endif
+
 void announce_shared_read(const void* address, size_t bytes) { announce_read(address, bytes); }
+void announce_shared_write(void* address, size_t bytes) { announce_write(address, bytes); }
 
 void maybe_yield() {
   Launch& l = here();

@@ -4,7 +4,8 @@
 // What makes a passing run mean something:
 //   - shared memory is all ones at the start of a block: NaN in float, bf16 and fp16;
 //   - asynchronous copies land at the wait that covers them, no sooner (in a seeded schedule some
-//     land at once instead, so that a copy into memory still being read shows as well);
+//     land at once instead, so that a copy into memory still being read shows as well); the engines
+//     of sm_90a likewise (ptx_sm90.h);
 //   - every access through the wrappers is checked against its allocation;
 //   - a thread that waits for ever, or at another barrier than its block, ends the launch with a
 //     report of who waits where;
@@ -18,6 +19,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace lminf::emulation {
 
@@ -50,8 +52,9 @@ struct Device {
 Device device();
 void set_device(Device device);
 
-// Runs `body` once per thread. Throws Fault.
-void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes,
+// Runs `body` once per thread. Throws Fault. `overlaps`: the launch may start before the one before
+// it has ended, so some thread of each block must call grid_wait.
+void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, bool overlaps,
             const std::function<void()>& body);
 
 // --- What the running thread may ask, inside a launch ---
@@ -72,8 +75,9 @@ unsigned char* shared_bytes(uint32_t address, size_t bytes, const char* what);
 
 // All threads of the block; every one must come from the same line.
 void sync_threads(Site site);
-// Named barrier: `threads` of them, from anywhere.
-void named_barrier(Site site, unsigned id, unsigned threads);
+// Named barrier: `threads` of them, from anywhere; `waits` false: bar.arrive.
+void named_barrier(Site site, unsigned id, unsigned threads, bool waits = true);
+void grid_wait();
 
 // A warp collective: each lane gives `n_in` words; when all 32 have come, `complete` turns all
 // lanes' words into all lanes' results; each lane takes `n_out` words back. Orders no memory.
@@ -93,11 +97,60 @@ void copy_async(uint32_t shared_address, const void* source, uint32_t bytes, uin
 void copy_async_commit();
 void copy_async_wait(int newest_groups_left);
 
-// Tells ThreadSanitizer of a read that uninstrumented code makes for the running thread.
+// Tells ThreadSanitizer of an access that uninstrumented code makes for the running thread.
 void announce_shared_read(const void* address, size_t bytes);
+void announce_shared_write(void* address, size_t bytes);
 
 // A point where a seeded schedule may run another thread first.
 void maybe_yield();
+
+// --- What instructions are made of that have more state than one collective (ptx_sm90.cpp) ---
+
+unsigned thread_number();  // in the block, from 0
+unsigned block_threads();
+size_t shared_size();
+// One time in two in a seeded schedule, never otherwise.
+bool chance();
+uint64_t random_below(uint64_t n);  // 0 in a schedule without a seed
+
+// Threads that wait for the same thing.
+struct WaitList {
+  std::vector<unsigned> threads;
+};
+void wait_on(WaitList& list, Site site);
+void wake(WaitList& list);
+
+// Ends the launch for what `thread` did, from where nothing can be thrown.
+void fail(unsigned thread, const std::string& message);
+std::string show(Site site);
+
+// To ThreadSanitizer: what came before a release is seen by who acquires the same token later.
+void release(void* token);
+void acquire(void* token);
+
+// ThreadSanitizer takes no notice of what the running thread does while one of these lives: its
+// bookkeeping is not the kernel's.
+class Unwatched {
+ public:
+  Unwatched();
+  ~Unwatched();
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+};
+
+// Someone other than a thread who reads and writes memory, to ThreadSanitizer: knows what its maker
+// knew when it made it. `finish` frees it.
+class Agent {
+ public:
+  void make();
+  void release(void* token);
+  void read(const void* address, size_t bytes);
+  void write(void* address, size_t bytes);
+  void finish();
+
+ private:
+  void* fiber_ = nullptr;
+};
 
 // Checked global memory: with at least one allocation registered, an access through the wrappers
 // must lie inside one of them.

@@ -1,6 +1,7 @@
 // Online softmax, merged tile by tile, against the softmax taken at once in long double.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -133,6 +134,9 @@ void empty_states() {
   for (const float sink : {-INFINITY, 0.0f, 100.0f}) {
     const SoftmaxEnd end = finish(empty_softmax(), true, sink);
     CHECK(end.out_scale == 0.0f && end.lse == -INFINITY, "an empty row with a sink");
+    // Against this maximum keys with score -inf are summed, so that a NaN among them shows.
+    const SoftmaxEnd hidden = finish({std::numeric_limits<float>::lowest(), 0.0f}, true, sink);
+    CHECK(hidden.out_scale == 0.0f && hidden.lse == -INFINITY, "a row of hidden keys");
   }
   CHECK(rescale_factor(minus_infinity(), minus_infinity()) == 1.0f, "nothing seen yet");
   CHECK(rescale_factor(minus_infinity(), 5.0f) == 0.0f, "the first key");

@@ -87,10 +87,7 @@ void run(const ClampedRopeParams& params, const Device& device) {
 }
 
 void run(const MiddleTopkParams& params, const Device& device) {
-  if (device.type() != torch::headeronly::DeviceType::CPU) {
-    throw std::logic_error("lminf: middle_topk has no kernel for this device");
-  }
-  cpu::kernels().middle_topk(params, torch_threads());
+  dispatch(params, device, cpu::kernels().middle_topk);
 }
 
 }  // namespace lminf::binding

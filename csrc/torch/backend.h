@@ -35,5 +35,6 @@ class Planning {
 void run_cuda(const LambdaAttnParams& params, const Device& device);
 void run_cuda(const LambdaDecodeParams& params, const Device& device);
 void run_cuda(const ClampedRopeParams& params, const Device& device);
+void run_cuda(const MiddleTopkParams& params, const Device& device);
 
 }  // namespace lminf::binding

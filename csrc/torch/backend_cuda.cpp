@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(lminf, CUDA, m) {
   m.impl("lambda_attn", TORCH_BOX(&lminf::binding::lambda_attn));
   m.impl("lambda_decode", TORCH_BOX(&lminf::binding::lambda_decode));
   m.impl("clamped_rope", TORCH_BOX(&lminf::binding::clamped_rope));
+  m.impl("middle_topk", TORCH_BOX(&lminf::binding::middle_topk));
 }
 
 namespace lminf::binding {
@@ -64,6 +65,13 @@ void run_cuda(const LambdaDecodeParams& params, const Device& device) {
 void run_cuda(const ClampedRopeParams& params, const Device& device) {
   const CudaContext context(device);
   cuda::clamped_rope(params, context.stream());
+}
+
+void run_cuda(const MiddleTopkParams& params, const Device& device) {
+  const CudaContext context(device);
+  const cuda::DeviceFacts facts = cuda::device_facts(device.index());
+  Tensor workspace = context.workspace(cuda::middle_topk_plan(params, facts).workspace_bytes);
+  cuda::middle_topk(params, facts, workspace.mutable_data_ptr(), context.stream());
 }
 
 }  // namespace lminf::binding
