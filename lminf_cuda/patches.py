@@ -31,7 +31,7 @@ from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
 from .decoding import OVERRIDES, check_cache
-from .families import FAMILIES, Family, find_decoder, layer_type
+from .families import FAMILIES, WRAPPERS, Family, find_decoder, layer_type
 from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
 
@@ -275,6 +275,11 @@ def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tenso
         raise ValueError(
             f"position_ids has {position_ids.ndim} dims; a patched model takes [batch, tokens]"
         )
+    if position_ids.shape[1] != allowed[0].shape[1]:
+        raise ValueError(
+            f"position_ids has {position_ids.shape[1]} columns, and there are "
+            f"{allowed[0].shape[1]} new tokens; leave position_ids out"
+        )
     is_right = torch.zeros(1, dtype=torch.bool, device=position_ids.device)
     for ids in allowed:
         fits = position_ids == ids if real is None else (position_ids == ids) | ~real
@@ -449,6 +454,14 @@ class _Patch:
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),
         ]
+        if model.config.model_type in WRAPPERS:
+            self.hooks += [
+                module.register_forward_pre_hook(self.before_wrapper, with_kwargs=True)
+                for module in model.modules()
+                if module is not decoder
+                and any(child is decoder for child in module.modules())
+                and "past_key_values" in inspect.signature(module.forward).parameters
+            ]
 
         for module in model.modules():
             if isinstance(module, GenerationMixin):
@@ -483,6 +496,20 @@ class _Patch:
             if isinstance(module, IdentityRotary):
                 self.decoder.set_submodule(name, module.original)
         self.decoder.config._attn_implementation = self.attn_implementation
+
+    def before_wrapper(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook before the forward of a model around the decoder, which may make a cache itself."""
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if kwargs.get("past_key_values") is None:
+            use_cache = kwargs.get("use_cache")
+            if self.decoder.config.use_cache if use_cache is None else use_cache:
+                kwargs["past_key_values"] = LambdaCache(self.decoder)
+        else:
+            check_cache(kwargs["past_key_values"])
+        return (), kwargs
 
     def before_forward(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
