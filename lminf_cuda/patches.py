@@ -413,6 +413,10 @@ def _forward_state(
     return ForwardState(cache, first, n_tokens, is_decode, is_right_padded)
 
 
+# Which transformers hands on to attention functions, and which this one would not heed.
+_REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
+
+
 class _Patch:
     """What `patch_model` changed in a model. Its methods are the hooks; it can be deep-copied."""
 
@@ -454,7 +458,7 @@ class _Patch:
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),
         ]
-        if model.config.model_type in WRAPPERS:
+        if getattr(model.config, "model_type", None) in WRAPPERS:
             self.hooks += [
                 module.register_forward_pre_hook(self.before_wrapper, with_kwargs=True)
                 for module in model.modules()
@@ -527,6 +531,14 @@ class _Patch:
                 "output_attentions=True asks for attention weights, which Λ attention never "
                 "stores; leave it out, or call unpatch_model(model) first"
             )
+        for name in _REFUSED_INPUTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, which a patched model does not take; leave it out, or call "
+                    "unpatch_model(model) first"
+                )
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal is False; Λ attention is causal: leave it out")
         inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
