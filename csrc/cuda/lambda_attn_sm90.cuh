@@ -144,9 +144,8 @@ struct Sm90Arguments {
 
 // --- Scores and weights of one thread: two rows of its warp's sixteen ---
 
-// Element 4n + 2r + e of an accumulator stands in row row_index(r, lane) and column 8n + 2(lane %
-// 4)
-// + e.
+// Element 4n + 2r + e of an accumulator stands in row row_index(r, lane) and column
+// 8n + 2(lane % 4) + e.
 struct RowStates {
   static constexpr int kRows = 2;
   float max[kRows] = {minus_infinity(), minus_infinity()};  // of the scores so far, base 2
@@ -301,8 +300,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   if (warp < 4) {
     ptx::registers_decrease<kSm90ProducerRegisters>();
     if (warp == 0) {
-      // --- Loads: the plan and Q of a tile, then its keys, each key tile's values one tile later
-      // ---
+      // --- Loads: plan and Q of a tile, then its keys, their values one tile behind them ---
       for (int64_t work = blockIdx.x; work < arguments.works; work += gridDim.x, q_place.next()) {
         BlockPlan<T>& block = plan_slot(q_place.slot);
         if (lane == 0) {
@@ -497,8 +495,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       }
       meet_globals(kNear);
 
-      // --- Window tiles: Q K^T of one and the weights V of the one before are under way together
-      // ---
+      // --- Window tiles: Q K^T of one is under way beside weights V of the one before ---
       const BranchPlan<T>& window = block.branches[kWindow];
       if (window.tiles.begin < window.tiles.end) {
         float scores[kBlockN / 2], factor[2];
