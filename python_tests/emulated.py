@@ -142,7 +142,7 @@ def prepared(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     return values
 
 
-def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def lambda_attn_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     values = prepared("lambda_attn", args, kwargs)
     if values["n_global"] == 0:
         values |= dict(global_k=None, global_v=None)
@@ -152,6 +152,16 @@ def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         seqlen_k=values["k"].shape[2],
         n_sequences=0 if packed is None else packed.shape[0] - 1,
     )
+    return values
+
+
+def attn_kernel(*args: Any, **kwargs: Any) -> str:
+    """The kernel that lambda_attn runs on the emulated device."""
+    return module().attn_kernel(lambda_attn_values(args, kwargs))
+
+
+def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    values = lambda_attn_values(args, kwargs)
     module().lambda_attn(values)
     return values["out"], values["lse"]
 
