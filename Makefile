@@ -1,6 +1,6 @@
 # make demo      the demonstration on the shipped model (a few minutes)
 # make test      the Python tests
-# make cpp-test  the C++ tests of csrc/core
+# make cpp-test  the C++ tests of csrc/core, of the emulation and of the PTX wrappers
 # make lint      ruff, clang-format, mypy
 # make clean     removes what was built
 #
@@ -14,6 +14,7 @@ TORCH ?= torch==2.13.0
 VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 BUILD := build/cmake
+EMULATION := build/emulation
 
 cpp_files := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | sort)
 build_inputs := $(cpp_files) setup.py pyproject.toml tools/build_backend.py
@@ -34,6 +35,10 @@ cpp-test: $(BIN)/cmake
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD) -G Ninja
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S csrc/emulation -B $(EMULATION) -G Ninja \
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python"
+	$(BIN)/cmake --build $(EMULATION)
+	$(BIN)/ctest --test-dir $(EMULATION) --output-on-failure
 
 lint: $(installed_dev)
 	$(BIN)/ruff check .
@@ -48,7 +53,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/cmake: | $(BIN)/python
-	$(BIN)/python -m pip install cmake ninja
+	$(BIN)/python -m pip install cmake ninja nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 $(installed): $(build_inputs) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)

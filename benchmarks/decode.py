@@ -1,31 +1,26 @@
-"""Speed of one `lambda_decode` step beside SDPA over a sliced cache and a streaming sum.
+"""Speed of one `lambda_decode` step beside SDPA over a sliced cache and the memory's own speed.
 
-    python -m benchmarks.decode --device cpu
+    python -m benchmarks.decode --device cpu|cuda
 
 prints the table and writes benchmarks/results/<name>.json and .csv with the machine named. Bytes
-are the window's keys and values, each read once; the streaming sum reads the same bytes with the
-same threads. `benchmarks.cpu` holds the figures against their bars. LMINF_CPU_ISA times another
-instruction set (give it a --name of its own).
+are the window's keys and values, each read once. What the memory can is told on a CPU by a
+streaming sum that reads the same bytes with the same threads, on a GPU by a large copy, whose bytes
+are read and written; there steps are timed inside a CUDA graph. `benchmarks.cpu` holds the figures
+against their bars. LMINF_CPU_ISA times another instruction set (give it a --name of its own).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from lminf_cuda.bench import interleaved_medians, machine
+from benchmarks.memory import copy_rate, medians, report
+from lminf_cuda import ops  # noqa: F401  (registers torch.ops.lminf)
 
-RESULTS = Path(__file__).parent / "results"
 OURS, SDPA, STREAM = "lambda_decode", "sdpa, sliced cache", "streaming sum"
 
 
@@ -54,8 +49,9 @@ def contenders(
             q, k, v, *caches, positions, args.window, inv_freq=inv_freq
         ),
         SDPA: lambda: scaled_dot_product_attention(q, ring_k, ring_v, enable_gqa=True),
-        STREAM: lambda: [cache.sum() for cache in words],
     }
+    if device.type == "cpu":
+        functions[STREAM] = lambda: [cache.sum() for cache in words]
     return functions, ring_k.nbytes + ring_v.nbytes
 
 
@@ -78,20 +74,21 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def decode_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Median times and rates of all contenders at every batch size."""
     device = torch.device(args.device)
+    rate = copy_rate(args.rounds, device) if device.type == "cuda" else None
     rows: list[dict[str, Any]] = []
     for batch in args.batches:
         functions, n_bytes = contenders(args, batch, device)
-        with torch.inference_mode():
-            medians = interleaved_medians(functions, args.rounds, device)
-        for what, seconds in medians.items():
+        times = medians(functions, args.rounds, device)
+        ceiling = n_bytes / times[STREAM] if rate is None else rate
+        for what, seconds in times.items():
             rows.append(
                 {
                     "batch": batch,
                     "what": what,
                     "seconds": seconds,
                     "gigabytes_per_second": n_bytes / seconds / 1e9,
-                    "times_ours": seconds / medians[OURS],
-                    "stream_share": medians[STREAM] / seconds,
+                    "times_ours": seconds / times[OURS],
+                    "stream_share": n_bytes / seconds / ceiling,
                 }
             )
     return rows
@@ -100,35 +97,9 @@ def decode_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Time every batch size, print the table, write the results."""
     args = parse_arguments()
-    facts = machine(torch.device(args.device))
     rows = decode_rows(args)
-
     shape = f"h{args.heads}_kv{args.kv_heads}_d{args.head_dim}_w{args.window}_g{args.n_global}"
-    table = Table(title=f"decode step, {args.dtype}, {shape.replace('_', ' ')}")
-    for heading in ("batch", "what", "µs", "GB/s", "time / ours", "of streaming sum"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    for row in rows:
-        table.add_row(
-            str(row["batch"]),
-            row["what"],
-            f"{row['seconds'] * 1e6:,.0f}",
-            f"{row['gigabytes_per_second']:.1f}",
-            f"{row['times_ours']:.2f}",
-            f"{row['stream_share']:.0%}",
-        )
-    console = Console()
-    console.print(json.dumps(facts), highlight=False, soft_wrap=True)
-    console.print(table)
-
-    processor = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
-    name = args.name or f"decode_{processor}_{facts['cores']}c_{args.dtype}_{shape}"
-    everything = {"machine": facts, "arguments": vars(args), "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(everything, indent=2) + "\n")
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(RESULTS / f"{name}.json")
+    report("decode", f"{args.dtype}_{shape}", vars(args), rows, torch.device(args.device))
 
 
 if __name__ == "__main__":

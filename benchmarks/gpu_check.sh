@@ -7,22 +7,41 @@
 #   1. build the extension in place for this GPU (LMINF_CARRIED=1: take the one that is there);
 #   2. pytest -m cuda: every op test on the backend "cuda", and the PTX wrappers on the device;
 #   3. compute-sanitizer (memcheck, racecheck) over small shapes, where it is installed;
-#   4. the speed tables beside their peers, with the GPU named, in benchmarks/results and, when
-#      given, in OUTPUT_FOLDER.
-# Every step runs even if one before it failed; the exit status says whether all passed.
+#   4. the speed tables beside their peers, with the GPU named, in benchmarks/results.
+# What the steps say stands in build/gpu_check; with OUTPUT_FOLDER that and the results are copied
+# there as they come. Every step runs even if one before it failed, as long as there is time; the
+# exit status says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 output=${1:-}
 python=${PYTHON:-python3}
 failed=()
+deadline=520  # seconds
+logs=build/gpu_check
+mkdir -p "$logs" ${output:+"$output"}
+touch "$logs/begin"
+nvidia-smi 2>&1 | tee "$logs/nvidia_smi.log"
 
 step() {
   local name=$1 limit=$2
   shift 2
   echo "=== $name"
   local begin=$SECONDS
-  timeout "$limit" "$@" || failed+=("$name")
+  local left=$((deadline - SECONDS))
+  if [ "$left" -lt 5 ]; then
+    failed+=("$name (no time left)")
+    echo "=== $name: skipped, no time left"
+    return
+  fi
+  # What it says goes to a file of its own, and what it wrote is handed over at once.
+  timeout -k 5 "$((limit < left ? limit : left))" "$@" 2>&1 | tee "$logs/${name//[^a-z0-9]/_}.log"
+  local status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] || failed+=("$name (exit status $status)")
   echo "=== $name: $((SECONDS - begin)) s"
+  if [ -n "$output" ]; then
+    cp "$logs"/*.log "$output"
+    find benchmarks/results -maxdepth 1 -newer "$logs/begin" -type f -exec cp {} "$output" \;
+  fi
 }
 
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
@@ -77,12 +96,9 @@ for window in 1024 4096; do
     --dtypes bfloat16 --peers flex sdpa-causal mm --heads 32 --kv-heads 8 --length 32768 \
     --head-dim 128 --window "$window"
 done
-step "decode and rope" 60 "$python" -m benchmarks.gpu_memory
+step decode 60 "$python" -m benchmarks.decode --device cuda --batches 1 4 16 64
+step rope 30 "$python" -m benchmarks.rope --device cuda
 
-if [ -n "$output" ]; then
-  mkdir -p "$output"
-  find benchmarks/results -maxdepth 1 -newer benchmarks/gpu_check.sh -type f -exec cp {} "$output" \;
-fi
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'gpu_check: failed: %s\n' "${failed[@]}" >&2
   exit 1

@@ -1,0 +1,63 @@
+"""Speed of `clamped_rope` beside a large copy, which has as many bytes a second as there are.
+
+    python -m benchmarks.rope --device cpu|cuda
+
+prints the table and writes benchmarks/results/rope_<processor>_*.json and .csv with the machine
+named. Bytes are the input read once and the output written once; on a GPU calls are timed inside
+a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from benchmarks.memory import copy_rate, medians, report
+from lminf_cuda import ops  # noqa: F401  (registers torch.ops.lminf)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; the default is the query heads of an 8B model's layer."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 32768])
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--name", help="of the result files; default: processor and shape")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Time every length, print the table, write the results."""
+    args = parse_arguments()
+    device = torch.device(args.device)
+    rate = copy_rate(args.rounds, device)
+    inv_freq = 10_000.0 ** (-torch.arange(0, args.head_dim, 2, device=device) / args.head_dim)
+    rows: list[dict[str, Any]] = []
+    for length in args.lengths:
+        x = torch.randn(1, args.heads, length, args.head_dim, device=device)
+        x = x.to(getattr(torch, args.dtype))
+        positions = torch.arange(length, device=device)
+
+        def rotate(x: torch.Tensor = x, positions: torch.Tensor = positions) -> torch.Tensor:
+            return torch.ops.lminf.clamped_rope(x, positions, inv_freq)
+
+        seconds = medians({"clamped_rope": rotate}, args.rounds, device)["clamped_rope"]
+        n_bytes = 2 * x.nbytes
+        rows.append(
+            {
+                "length": length,
+                "seconds": seconds,
+                "gigabytes_per_second": n_bytes / seconds / 1e9,
+                "copy_share": n_bytes / seconds / rate,
+            }
+        )
+    report("rope", f"{args.dtype}_h{args.heads}_d{args.head_dim}", vars(args), rows, device)
+
+
+if __name__ == "__main__":
+    main()
