@@ -209,7 +209,7 @@ def plot_lengths(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             panel.grid(alpha=0.3)
     axes[0][0].set_ylabel("GFLOP/s over the visible pairs of each")
     axes[1][0].set_ylabel("milliseconds")
-    axes[0][0].legend()
+    axes[1][0].legend(loc="lower right")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

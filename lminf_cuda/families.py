@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .cache import recurrent_layers_are_known
 from .rope import Rope, is_rotary, snapshot_rope
 
-__all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "find_decoder"]
+__all__ = ["ENCODER_DECODERS", "FAMILIES", "WRAPPERS", "Family", "find_decoder"]
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,12 @@ _PLAIN = (
     *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
     *("solar_open", "starcoder2", "vaultgemma", "dots1"),
 )
-_INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
+# Language models in WRAPPERS that place images in three dims, and texts like any other.
+_MROPE = (
+    *("glm4v_moe_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text"),
+    *("qwen3_vl_text",),
+)
+_INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "glm4v_text", "helium")
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
 _LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 
@@ -349,6 +354,7 @@ _RECURRENT_PLAIN = (
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN, Family()),
+    **dict.fromkeys(_MROPE, Family()),
     **dict.fromkeys(_INTERLEAVED, Family(interleaved=True)),
     **dict.fromkeys(_LATENT, Family(rotates_last=True)),
     **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), Family(uses_rope=_slides_or_all_full)),
@@ -433,6 +439,29 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
 )
 
 
+# Models around a language model of FAMILIES, which also see or hear.
+WRAPPERS: tuple[str, ...] = (
+    *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5"),
+    *("fuyu", "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "glmasr"),
+    *("got_ocr2", "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2"),
+    *("idefics3", "internvl", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
+    *("llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
+    *("mistral3", "moss_transcribe_diarize", "pp_chart2table", "qianfan_ocr"),
+    *("qwen2_5_vl", "qwen2_audio", "qwen2_vl"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm"),
+    *("video_llama_3", "video_llava", "vipllava", "voxtral"),
+)
+
+
+def _text_type(model: nn.Module, model_type: str) -> str:
+    """The type of the language model in one of WRAPPERS, else the model's own."""
+    if model_type not in WRAPPERS:
+        return model_type
+    config: Any = model.config
+    text_type: str = config.get_text_config(decoder=True).model_type
+    return text_type
+
+
 def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     """The module that owns the decoder layers, and its family.
 
@@ -440,12 +469,13 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
         ValueError: none, or more than one, of a supported type.
     """
     families = FAMILIES | ENCODER_DECODERS
-    supported = f"supported model types: {', '.join(sorted(families))}"
+    supported = f"supported model types: {', '.join(sorted({*families, *WRAPPERS}))}"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise ValueError(
             f"model is a {type(model).__name__} without a transformers config; {supported}"
         )
+    model_type = _text_type(model, model_type)
     if model_type not in families:
         raise ValueError(f"model type {model_type!r} is not supported; {supported}")
     family = families[model_type]
@@ -454,7 +484,11 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
             f"model type {model_type!r} has recurrent layers, for whose states transformers "
             f"{transformers.__version__} has no cache layers; use a newer transformers"
         )
-    decoders = [module for module in model.modules() if family.fits(module)]
+    decoders = [
+        module
+        for module in model.modules()
+        if family.fits(module) and getattr(module.config, "model_type", None) == model_type
+    ]
     if len(decoders) != 1:
         raise ValueError(
             f"this {type(model).__name__} calls itself {model_type!r} but is not built like "

@@ -31,7 +31,7 @@ from transformers.generation import GenerationMixin
 
 from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
 from .decoding import OVERRIDES, lambda_cache, new_cache
-from .families import ENCODER_DECODERS, FAMILIES, Family, find_decoder, layer_type
+from .families import ENCODER_DECODERS, FAMILIES, WRAPPERS, Family, find_decoder, layer_type
 from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
 
@@ -282,6 +282,11 @@ def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tenso
         raise ValueError(
             f"position_ids has {position_ids.ndim} dims; a patched model takes [batch, tokens]"
         )
+    if position_ids.shape[1] != allowed[0].shape[1]:
+        raise ValueError(
+            f"position_ids has {position_ids.shape[1]} columns, and there are "
+            f"{allowed[0].shape[1]} new tokens; leave position_ids out"
+        )
     is_right = torch.zeros(1, dtype=torch.bool, device=position_ids.device)
     for ids in allowed:
         fits = position_ids == ids if real is None else (position_ids == ids) | ~real
@@ -415,6 +420,10 @@ def _forward_state(
     return ForwardState(cache, first, n_tokens, is_decode, is_right_padded)
 
 
+# Which transformers hands on to attention functions, and which this one would not heed.
+_REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
+
+
 class _Patch:
     """What `patch_model` changed in a model. Its methods are the hooks; it can be deep-copied."""
 
@@ -457,6 +466,14 @@ class _Patch:
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),
         ]
+        if getattr(model.config, "model_type", None) in WRAPPERS:
+            self.hooks += [
+                module.register_forward_pre_hook(self.before_wrapper, with_kwargs=True)
+                for module in model.modules()
+                if module is not decoder
+                and any(child is decoder for child in module.modules())
+                and "past_key_values" in inspect.signature(module.forward).parameters
+            ]
 
         for module in model.modules():
             if isinstance(module, GenerationMixin):
@@ -492,6 +509,20 @@ class _Patch:
                 self.decoder.set_submodule(name, module.original)
         self.decoder.config._attn_implementation = self.attn_implementation
 
+    def before_wrapper(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook before the forward of a model around the decoder, which may make a cache itself."""
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if kwargs.get("past_key_values") is None:
+            use_cache = kwargs.get("use_cache")
+            if self.decoder.config.use_cache if use_cache is None else use_cache:
+                kwargs["past_key_values"] = new_cache(self.decoder)
+        else:
+            lambda_cache(self.decoder, kwargs["past_key_values"])
+        return (), kwargs
+
     def before_forward(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -508,6 +539,14 @@ class _Patch:
                 "output_attentions=True asks for attention weights, which Λ attention never "
                 "stores; leave it out, or call unpatch_model(model) first"
             )
+        for name in _REFUSED_INPUTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, which a patched model does not take; leave it out, or call "
+                    "unpatch_model(model) first"
+                )
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal is False; Λ attention is causal: leave it out")
         inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")

@@ -54,7 +54,7 @@ def is_rotary(module: nn.Module) -> bool:
 def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
     """What a rotary module returns for position 0, with 1 for its largest entry, and that entry.
 
-    The output is a tuple of cos and sin, or one complex tensor; [1, 1, any] each.
+    The output is a tuple of cos and sin, or one complex tensor; [1, 1, any] or [3, 1, 1, any] each.
     """
     layer_types = () if layer_type is None else (layer_type,)
     probe = copy.deepcopy(rotary)  # some rewrite their frequencies
@@ -62,9 +62,13 @@ def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
         device = next(probe.buffers()).device
         x = torch.zeros(1, 1, 1, device=device)
         positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        parameters = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
+        if "mrope_section" in parameters:  # one for each of three dims
+            positions = positions.expand(3, 1, 1)
         out = type(probe).forward(probe, x, positions, *layer_types)
     parts = out if isinstance(out, tuple) else (out,)
-    if not all(isinstance(part, Tensor) and part.shape[:-1] == (1, 1) for part in parts):
+    shapes = ((1, 1), (3, 1, 1))
+    if not all(isinstance(part, Tensor) and part.shape[:-1] in shapes for part in parts):
         raise ValueError(
             f"{type(rotary).__name__} returns something else than cos and sin of [batch, tokens, "
             "dims]; a patch cannot stand for it"
@@ -162,12 +166,12 @@ class IdentityRotary(nn.Module):
     ) -> Any:
         """What the original returns for position 0, unscaled, for states x [..., B, S, hidden].
 
-        [B, S, any] each, in x's dtype where real.
+        [B, S, any] or [3, B, S, any] each, in x's dtype where real.
         """
 
         def spread(part: Tensor) -> Tensor:
             part = part.to(x.device) if part.is_complex() else part.to(x)
-            return part.expand(*x.shape[-3:-1], -1)
+            return part.expand(*part.shape[:-3], *x.shape[-3:-1], -1)
 
         out = self._outputs[layer_type if layer_type in self._outputs else None]
         return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)

@@ -28,12 +28,20 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny_models import VOCAB, definition, one_thread, randomize, tokens
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.cache import recurrent_layers_are_known
-from lminf_cuda.families import FAMILIES, asks_interface
+from lminf_cuda.families import FAMILIES, WRAPPERS, asks_interface, find_decoder
 from lminf_cuda.rope import is_rotary
 
 N_GLOBAL, WINDOW = 3, 12
@@ -72,6 +80,13 @@ _TINY |= dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 4)
 _TINY |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4)
 _TINY |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64)
 
+# What the configs of towers, for images and sounds, call theirs.
+_TINY_TOWER = dict.fromkeys(("hidden_size", "d_model", "embed_dim", "out_hidden_size"), 32)
+_TINY_TOWER |= dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "projection_dim"), 48)
+_TINY_TOWER |= dict.fromkeys(("num_hidden_layers", "encoder_layers", "num_layers", "depth"), 2)
+_TINY_TOWER |= dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 4)
+_TINY_TOWER |= {"image_size": 32, "patch_size": 8}
+
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 # Where a tiny config needs more than that; None leaves the config's own value.
@@ -84,7 +99,14 @@ _SHARING = {"num_hidden_layers": 6, "num_kv_shared_layers": 3} | {
     "hidden_size_per_layer_input": 8,
 }
 # Their scores are far apart, and their own float32 logits from their float64 ones, too.
-_SHARP = ("gemma4_text", "gemma4_unified_text")
+_SHARP = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+_MROPE = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [2, 1, 1],
+    }
+}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 _SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -113,6 +135,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
 }
+_SPECIAL |= dict.fromkeys(
+    ("glm4v_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
+    _MROPE | {"head_dim": 8},
+)
+_SPECIAL["glm4v_moe_text"] = _MROPE | {"head_dim": 16}
 for _name in _LATENT:
     _SPECIAL[_name] = {"head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 2}
 
@@ -152,16 +179,37 @@ def tiny_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **sizes)
 
 
+def tiny_wrapper_config(model_type: str) -> Any:
+    """A config of a model that also sees or hears, with a tiny language model in it."""
+    default = AutoConfig.for_model(model_type)
+    text = default.get_text_config(decoder=True)
+    parts = {}
+    for name in default.sub_configs:
+        part = getattr(default, name, None)
+        if part is text:
+            parts[name] = tiny_config(text.model_type).to_dict()
+        elif part is not None:
+            numbers = [size for size in _TINY_TOWER if isinstance(getattr(part, size, None), int)]
+            parts[name] = part.to_diff_dict() | {size: _TINY_TOWER[size] for size in numbers}
+    return AutoConfig.for_model(model_type, **parts, **_TOKENS)
+
+
 def tiny(model_type: str) -> Any:
     """A random model of the type, in float32."""
-    config = tiny_config(model_type)
+    config: Any
+    if model_type in WRAPPERS:
+        seen = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        build = AutoModelForImageTextToText if seen else AutoModelForMultimodalLM
+        config = tiny_wrapper_config(model_type)
+    else:
+        build, config = AutoModelForCausalLM, tiny_config(model_type)
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        shape = build.from_config(config, attn_implementation="eager")
     size = sum(parameter.numel() for parameter in shape.parameters())
-    if size > 3_000_000:
+    if size > 10_000_000:
         raise ValueError(f"the tiny config has {size} parameters; name its sizes in _SPECIAL")
     torch.manual_seed(0)
-    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), 1.0)
+    return randomize(build.from_config(config, attn_implementation="eager"), 1.0)
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -190,7 +238,7 @@ def check(model_type: str) -> str:
     tolerance = TOLERANCE
     if model_type in _SHARP:
         tolerance = 2 * difference(vanilla, tiny(model_type).double()(ids).logits)
-    if is_recurrent := FAMILIES[model_type].is_recurrent:  # whose states round by the step
+    if is_recurrent := find_decoder(model)[1].is_recurrent:  # whose states round by the step
         tolerance += 2 * difference(in_pieces(model, long_ids, None), model(long_ids).logits)
     if tolerance > 20 * TOLERANCE:
         return f"the tiny model rounds too much to be checked: {tolerance:.1g}"
@@ -218,11 +266,13 @@ def check(model_type: str) -> str:
     mask[1, : -WINDOW - 5] = 0
     alone = patched(long_ids[:, -WINDOW - 5 :], use_cache=False).logits
     both = long_ids.expand(2, -1)
-    for rows in (
+    padded = [
         patched(both, attention_mask=mask, use_cache=False).logits,
         patched(both, attention_mask=mask, use_cache=True).logits,
-        in_pieces(patched, both, LambdaCache(patched), mask),
-    ):
+    ]
+    if model_type not in WRAPPERS:  # some of which count a piece's positions from its whole mask
+        padded.append(in_pieces(patched, both, LambdaCache(patched), mask))
+    for rows in padded:
         error = max(difference(rows[:1], expected), difference(rows[1:, -WINDOW - 5 :], alone))
         if error > tolerance:
             return f"off by {error:.1g} in a padded batch"
@@ -256,9 +306,13 @@ def why_refused(model_type: str) -> str:
 
 def verdict(model_type: str, verbose: bool = False) -> tuple[str, str]:
     """ "worked", "refused", "wrong" or "not built", and what there is to say."""
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES and model_type not in WRAPPERS:
         return "refused", why_refused(model_type)
-    if FAMILIES[model_type].is_recurrent and not recurrent_layers_are_known():
+    if (
+        model_type in FAMILIES
+        and FAMILIES[model_type].is_recurrent
+        and not recurrent_layers_are_known()
+    ):
         return "refused", "recurrent layers, which this transformers' caches do not know"
     try:
         model = tiny(model_type)

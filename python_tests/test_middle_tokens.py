@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from test_cache import left_padded
-from tiny_models import one_thread, tiny_model, tokens
+from tiny_models import definition, one_thread, tiny_model, tokens
 from torch import Tensor, nn
 
 from lminf_cuda import LambdaCache, middle, patch_model, reference
+from lminf_cuda.cache import LayerSettings
 
 N_GLOBAL, WINDOW, TOP_K, FROM_LAYER = 3, 12, 4, 1
 TOLERANCE = 1e-5  # float32, logits of order 1
@@ -96,6 +97,33 @@ def test_equals_a_dense_rewrite(length: int, distance: int | None) -> None:
     assert torch.equal(without[:, :-1], model(ids, use_cache=False).logits[:, :-1])
     has_middle = length - WINDOW - N_GLOBAL >= TOP_K
     assert has_middle == (not torch.allclose(without[:, -1], expected[:, -1], atol=TOLERANCE))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gpt_oss", "falcon", "falcon_alibi", "mpt", "gpt_neox", "cohere", "gptj", "bloom"],
+)
+def test_all_of_the_middle_is_as_if_all_were_global(name: str) -> None:
+    """Softcap, sinks, one key head, slopes, rotations: met at max_distance, where no key is left.
+
+    In the last layer, where no other query reads what the last one gave.
+    """
+    length = 40
+    ids = tokens(1, length)
+    own = (0, 8, 8) if name in ("gemma2", "gpt_oss") else (N_GLOBAL, WINDOW, WINDOW)
+    layers = [LayerSettings(*own, None), LayerSettings(length, WINDOW, WINDOW, None)]
+    with definition(tiny_model(name), layers) as slow:
+        expected = slow(ids)[:, -1]
+    top_k = length - WINDOW - N_GLOBAL
+    model = patched(name, middle_top_k=top_k, middle_from_layer=1, middle_distance=WINDOW)
+    assert_close(model(ids, use_cache=False).logits[:, -1], expected)
+    assert_close(model(ids).logits[:, -1], expected)
+    cache = LambdaCache(model)
+    model(ids[:, :-1], past_key_values=cache)
+    assert_close(model(ids[:, -1:], past_key_values=cache).logits[:, -1], expected)
+    # and the tolerance can tell it from the strongest of these keys alone
+    fewer = patched(name, middle_top_k=1, middle_from_layer=1, middle_distance=WINDOW)
+    assert not torch.allclose(fewer(ids).logits[:, -1], expected, atol=TOLERANCE)
 
 
 def test_from_the_first_layer_on() -> None:

@@ -370,6 +370,13 @@ def _bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             ValueError,
             "position_ids has 4 dims",
         ),
+        "head mask": ({"head_mask": torch.ones(2, 4)}, ValueError, "head_mask is given"),
+        "packed by lengths": (
+            {"cu_seq_lens_q": torch.tensor([0, 6, 10], dtype=torch.int32)},
+            ValueError,
+            "cu_seq_lens_q is given",
+        ),
+        "not causal": ({"is_causal": False}, ValueError, "is_causal is False"),
         "other cache": ({"past_key_values": DynamicCache()}, TypeError, "is a DynamicCache"),
     }
 
@@ -405,8 +412,32 @@ def test_lminf_without_patch_is_refused() -> None:
         model(tokens(1, 10))
 
 
-def test_changing_the_attention_of_a_patched_model_is_refused() -> None:
+@pytest.mark.parametrize("by_method", [False, True])
+def test_changing_the_attention_of_a_patched_model_is_refused(by_method: bool) -> None:
     model = patch_model(tiny_model(), n_global=2, window=6)
-    model.config._attn_implementation = "eager"
+    if by_method:
+        model.set_attn_implementation("sdpa")
+    else:
+        model.config._attn_implementation = "eager"
     with pytest.raises(RuntimeError, match=r"unpatch_model\(model\) before"):
         model(tokens(1, 10))
+
+
+def test_rope_stays_float32_in_a_model_made_small() -> None:
+    model = patch_model(tiny_model(), n_global=2, window=6)
+    expected = [layer.rope.inv_freq.clone() for layer in model._lminf_settings.layers]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        model(tokens(1, 30))
+        for layer, inv_freq in zip(model._lminf_settings.layers, expected, strict=True):
+            assert layer.options(torch.device("cpu"))["inv_freq"].dtype == torch.float32
+            assert torch.equal(layer.rope.inv_freq, inv_freq)
+
+
+def test_logits_to_keep() -> None:
+    model = patch_model(tiny_model(), n_global=2, window=6)
+    ids = tokens(2, 30)
+    expected = model(ids, use_cache=False).logits
+    for keep in (1, 5):
+        got = model(ids, logits_to_keep=keep).logits
+        assert max_difference(got, expected[:, -keep:]) < TOLERANCE

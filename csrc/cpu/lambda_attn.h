@@ -260,9 +260,9 @@ class LambdaAttnForward {
     const Range seen =
         intersect(branch.visible_keys(queries), {tile_first, tile_first + kTileKeys<E>});
     if (seen.empty()) return;
-    const int begin = static_cast<int>(seen.lo - tile_first) / kColGrain * kColGrain;
+    const int begin = static_cast<int>(seen.lo - tile_first) / kColGrain<E> * kColGrain<E>;
     const int end =
-        (static_cast<int>(seen.hi - tile_first) + kColGrain - 1) / kColGrain * kColGrain;
+        (static_cast<int>(seen.hi - tile_first) + kColGrain<E> - 1) / kColGrain<E> * kColGrain<E>;
 
     const Operand<E> keys = keys_from(tile.keys, begin, dim_padded_);
     gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,

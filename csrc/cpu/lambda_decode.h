@@ -172,7 +172,7 @@ class LambdaDecodeStep {
     }
   }
 
-  // The queries of a pair, rotated for a key that has no rotation of its own: by so many positions.
+  // The queries of a pair, rotated by so many positions.
   void load_queries(int64_t pair, int64_t positions, ItemScratch& s) const {
     rotation_table(positions, rotary_, rotary_.scaling, s.cos, s.sin);
     const int64_t b = pair / p_.heads_kv, head = pair % p_.heads_kv * group_;
@@ -191,7 +191,8 @@ class LambdaDecodeStep {
                 rows, s);
   }
 
-  // Global keys at the largest distance: the query takes all of the rotation, the keys none.
+  // Global keys at the largest distance: the query takes all of the rotation, and the keys, of
+  // which there are more, none.
   void attend_far(int64_t pair, Range keys, const RowStates& rows, ItemScratch& s) const {
     if (keys.lo >= keys.hi) return;
     load_queries(pair, p_.max_distance, s);

@@ -236,8 +236,8 @@ inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range want
     rotation_table(base, rotary, rotary.scaling, rotation.base_cos, rotation.base_sin);
   }
   const int64_t index0 = tile_first - source.first;  // of the tile's first key; may be negative
-  const int begin = lo / kColGrain * kColGrain;
-  const int end = (hi + kColGrain - 1) / kColGrain * kColGrain;
+  const int begin = lo / kColGrain<E> * kColGrain<E>;
+  const int end = (hi + kColGrain<E> - 1) / kColGrain<E> * kColGrain<E>;
   // Rows that are packed just as they stand need no copy. (An odd stride splits pairs of bf16.)
   const bool as_they_stand = std::is_same_v<T, E> && rotary.pairs == 0 && dim == dim_padded &&
                              source.k_stride * sizeof(E) % 4 == 0;

@@ -19,7 +19,8 @@ constexpr int64_t kSmallWindow = 512;
 
 // Columns are skipped in steps of this: a multiple of the lanes, of what one step of a bf16 product
 // takes, and of the two keys of a pair.
-constexpr int kColGrain = 32;
+template <typename E>
+constexpr int kColGrain = std::is_same_v<E, float> ? kLanes : 32;
 
 // Floats from one row of scores to the next: a power of two would put the rows of a block into a
 // few sets of the cache.
