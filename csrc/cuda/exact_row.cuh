@@ -64,8 +64,6 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
       if (bias == minus_infinity()) continue;
       const T* k_row = plan.k + (j - plan.k_origin) * plan.k_stride;
       const T* v_row = plan.v + (j - plan.v_origin) * plan.v_stride;
-      const float bias = distance_bias_at(p.score, t.head, i - j, 0);
-      if (bias == minus_infinity()) continue;  // hidden
       float product = 0.0f;
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {
