@@ -16,8 +16,8 @@ class KernelPlan:
     """What one call of an attention op runs.
 
     Attributes:
-        kernel: on CUDA "sm80" (tensor cores by mma.sync) or "plain" (ordinary cores); on a CPU the
-            instruction set; "none" when there is nothing to do.
+        kernel: on CUDA "sm90" (Hopper: wgmma and TMA), "sm80" (tensor cores by mma.sync) or "plain"
+            (ordinary cores); on a CPU the instruction set; "none" when there is nothing to do.
         block_m: rows of q that a block, or a task on a CPU, takes at a time; 0 where it has no
             fixed number of them.
         block_n: keys that it meets at a time; 0 where that is not fixed.

@@ -46,9 +46,13 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> Any:
-    """torch.ops.lminf.<op>, or its emulation; CPU tensors in, CPU tensors out, writes in place."""
+    """torch.ops.lminf.<op>, or its emulation (on compute capability 9.0 for "emulated_sm90"); CPU
+    tensors in, CPU tensors out, writes in place."""
     if backend == "emulated":
         return getattr(emulated, op)(*args, **kwargs)
+    if backend == "emulated_sm90":
+        with emulated.device(capability=90, multiprocessors=3):
+            return getattr(emulated, op)(*args, **kwargs)
     function = getattr(torch.ops.lminf, op)
     device = "cuda" if backend == "cuda" else "cpu"
     moved: list[tuple[Tensor, Tensor]] = []

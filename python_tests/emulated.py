@@ -7,6 +7,7 @@ LMINF_SCHEDULE_SEED another order in which the emulated threads run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,6 +81,16 @@ def module() -> ModuleType:
     spec.loader.exec_module(loaded)
     loaded.set_schedule_seed(int(os.environ.get("LMINF_SCHEDULE_SEED", "0")))
     return loaded
+
+
+@contextlib.contextmanager
+def device(**facts: Any) -> Iterator[None]:
+    """Plans are made for such a device: see set_device in csrc/emulation/bindings.cpp."""
+    module().set_device(**facts)
+    try:
+        yield
+    finally:
+        module().set_device()
 
 
 def dense(x: Tensor | None) -> Tensor | None:

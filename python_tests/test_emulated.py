@@ -67,6 +67,51 @@ def test_a_device_of_another_size_decodes_the_same(multiprocessors):
     torch.testing.assert_close(lse, usual_lse, rtol=0, atol=1e-6)
 
 
+def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
+    """On compute capability 9.0; without code for sm_90a in the build, the generic one does."""
+
+    def kernel(*tensors, **facts):
+        with emulated.device(capability=90, **facts):
+            return emulated.module().attn_kernel(emulated.lambda_attn_values(*tensors, 2, 4))
+
+    low, full = qkv(8, 8, dtype=torch.bfloat16), qkv(8, 8)
+    assert kernel(*low) == "sm90"
+    assert kernel(*low, has_sm90a=False) == "sm80"
+    assert kernel(*full) == "plain"
+    assert emulated.module().attn_kernel(emulated.lambda_attn_values(*low, 2, 4)) == "sm80"
+
+
+@pytest.mark.parametrize("shuffled", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("multiprocessors", [1, 5, 132])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_another_order_of_threads_gives_the_same_bits_on_hopper(
+    shuffled, multiprocessors, head_dim
+):
+    """Nor does it matter how many tiles a block takes in turn."""
+    q, k, v = qkv(300, 310, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16)
+    score = dict(options("rope", 4, head_dim), max_distance=160)
+    with emulated.device(capability=90, multiprocessors=multiprocessors):
+        out, lse = emulated.lambda_attn(q, k, v, 20, 140, **score)
+    emulated.module().set_schedule_seed(0)
+    with emulated.device(capability=90):
+        in_turn, lse_in_turn = emulated.lambda_attn(q, k, v, 20, 140, **score)
+    assert torch.equal(out, in_turn) and torch.equal(lse, lse_in_turn)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_unused_slots_of_the_globals_on_hopper(head_dim):
+    """TMA brings whole tiles of 16 global tokens; what no query sees yet may hold anything."""
+    q, k, v = qkv(10, 10, head_dim=head_dim, dtype=torch.bfloat16)
+    few = [torch.full((1, 1, 16, head_dim), torch.nan, dtype=torch.bfloat16) for _ in range(2)]
+    for x, filled in zip(few, (k, v), strict=True):
+        x[:, :, :10] = filled
+    with emulated.device(capability=90):
+        check_lambda_attn(
+            "emulated", q, k, v, n_global=16, window=3, max_distance=5, global_k=few[0],
+            global_v=few[1], **options("rope", 2, head_dim),
+        )  # fmt: skip
+
+
 def test_too_large_a_head_dim_is_refused():
     q, k, v = qkv(4, 4, head_dim=2049)
     with pytest.raises(ValueError, match="head dim is 2049, but on CUDA it must be at most 2048"):

@@ -19,10 +19,21 @@ from cases import (
     randn,
     slopes,
 )
+from conftest import backend_params
 
 from lminf_cuda import reference
 
 HUGE = (1 << 63) - 1
+
+
+@pytest.fixture(params=backend_params("cpu", "emulated", "emulated_sm90", "cuda"))
+def backend(request: pytest.FixtureRequest) -> str:
+    """The shared fixture's backends, and the kernel for Hopper."""
+    dtype = request.node.callspec.params.get("dtype")
+    if request.param == "emulated_sm90" and dtype == torch.float32:
+        pytest.skip("the kernel for Hopper takes 16-bit elements")
+    return request.param
+
 
 # seqlen_q, seqlen_k, n_global, window, max_distance
 SHAPES = [

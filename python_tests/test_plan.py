@@ -48,6 +48,59 @@ def test_which_kernel_serves_a_step(dtype):
     assert kernel(dtype=dtype, head_dim=264) == "plain"
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_which_kernel_serves_a_forward_on_hopper(dtype):
+    """On compute capability 9.0 alone, what the tensor cores cover in tensors that TMA covers: a
+    side that is stepped over has a stride of its own."""
+
+    def kernel(q, k, v, device_capability=90, **options):
+        return kernel_plan(q, k, v, 2, 4, device_capability=device_capability, **options).kernel
+
+    for head_dim in (8, 40, 64, 80, 128, 136, 256):
+        assert kernel(*qkv(8, 8, dtype=dtype, head_dim=head_dim)) == "sm90"
+    q, k, v = qkv(8, 8, batch=2, heads_q=4, heads_kv=2, dtype=dtype)
+    for options in (
+        {"inv_freq": frequencies(64)},
+        {"softcap": 2.0, "alibi_slopes": torch.ones(4), "sink_logits": torch.ones(4)},
+        {"k_start": torch.zeros(2, dtype=torch.int64)},
+        {"global_k": k[:, :, :2], "global_v": v[:, :, :2]},
+    ):
+        assert kernel(q, k, v, **options) == "sm90"
+    assert kernel(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))) == "sm90"
+    for other in (80, 86, 89, 100, 120):
+        assert kernel(q, k, v, device_capability=other) == "sm80"
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    assert kernel(q[:1], k[:1], v[:1], cu_seqlens=starts) == "sm80"
+    assert kernel(*qkv(8, 8)) == "plain"
+    assert kernel(*qkv(8, 8, dtype=dtype, head_dim=60)) == "plain"
+    assert kernel(*qkv(8, 8, dtype=dtype, head_dim=264)) == "plain"
+    assert kernel(*(torch.cat([x, x], -1)[..., 3:67] for x in (q, k, v))) == "plain"
+
+    # A side repeated by a stride of 0; keys that are rotated are read from where that puts them.
+    one = k[:, :1].expand(-1, 2, -1, -1)
+    assert kernel(q, k, one) == kernel(q, one, v) == "sm80"
+    assert kernel(q, one, v, inv_freq=frequencies(64)) == "sm90"
+
+
+def test_a_plan_in_full_on_hopper():
+    """Tiles of 128 queries and 128 keys, two slots of the one and two stages of the other
+    (csrc/cuda/sm90_tiles.h), and as many blocks as there are multiprocessors, or tiles."""
+    q, k, v = (torch.empty(2, heads, 1000, 128, dtype=torch.bfloat16) for heads in (8, 4, 4))
+    options = dict(inv_freq=frequencies(128), device_capability=90)
+    plan = kernel_plan(q, k, v, 16, 200, multiprocessors=78, **options)
+    assert plan == KernelPlan(
+        kernel="sm90",
+        block_m=128,
+        block_n=128,
+        splits=1,
+        blocks=78,
+        threads=384,
+        shared_bytes=2 * 128 * (2 * 128 + 4 * 128) + 2 * 640 + 256,
+        workspace_bytes=2 * 4 * (1000 + 16) * 128 * 2,
+    )
+    assert kernel_plan(q, k, v, 16, 200, multiprocessors=132, **options).blocks == 128
+
+
 def test_a_plan_in_full():
     """Tiles of 128 queries and 48 keys (csrc/cuda/plan.h); the workspace holds the keys rotated by
     position and the 16 global ones rotated by -max_distance."""

@@ -7,10 +7,16 @@ namespace lminf::cuda {
 
 DeviceFacts device_facts(int) {
   const emulation::Device device = emulation::device();
-  return {device.capability, device.multiprocessors};
+  return {device.capability, device.multiprocessors, device.has_sm90a};
 }
 
 #else
+
+#if defined(LMINF_WITH_SM90A)
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = false;
+#endif
 
 DeviceFacts device_facts(int device) {
   auto attribute = [&](cudaDeviceAttr which) {
@@ -24,7 +30,7 @@ DeviceFacts device_facts(int device) {
   };
   return {10 * attribute(cudaDevAttrComputeCapabilityMajor) +
               attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount)};
+          attribute(cudaDevAttrMultiProcessorCount), kHasSm90a};
 }
 
 #endif

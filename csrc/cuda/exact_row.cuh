@@ -1,8 +1,7 @@
 // One row of the prefill, worked out again key by key, for rows that a hidden value has spoilt: on
 // tensor cores a weight of 0 times an infinite value is NaN, also where the row does not see the
-// key. Only visible keys are touched here. Called at most, once a tile is stored, for rows whose
-// softmax is sound and whose output is not finite; a call, so that it costs the kernel's loop no
-// register.
+// key. Only visible keys are touched here. Called at most, at a tile's end, for rows whose softmax
+// is sound and whose output is not finite.
 #pragma once
 
 #include "lambda_attn_sources.cuh"
@@ -10,18 +9,13 @@
 
 namespace lminf::cuda {
 
-constexpr int kExactMaxHeadDim = 256;
-
-// By one warp: row `row` of the tile of `tile_rows` queries that block number `block` works on. A
-// lane owns every 32nd dim.
-template <typename T>
-LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block, int tile_rows,
-                                      int row) {
-  constexpr int kOwn = kExactMaxHeadDim / kWarpSize;
+// By one warp: out[n] is dim lane + 32 n of row `row` of a tile of queries, for head dims up to
+// 32 * kOwn. kBias: whether there may be a distance_bias.
+template <typename T, bool kBias, int kOwn>
+LMINF_DEVICE void exact_row(const AttnSources& sources, QueryTile t, int row, float (&out)[kOwn]) {
   const LambdaAttnParams& p = sources.p;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int head_dim = static_cast<int>(p.head_dim);
-  QueryTile t = query_tile(sources, block, tile_rows);
+  const int lane = recomputed(static_cast<int>(threadIdx.x)) % kWarpSize;
+  const int head_dim = recomputed(static_cast<int>(p.head_dim));
   t.first_row += row;
   t.positions = {t.positions.lo + row, t.positions.lo + row + 1};
   t.rows = 1;
@@ -32,7 +26,7 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
     return dim < head_dim ? to_float(load_global(from + dim)) : 0.0f;
   };
 
-  float q[kOwn], out[kOwn];
+  float q[kOwn];
 #pragma unroll
   for (int n = 0; n < kOwn; ++n) {
     q[n] = load(q_row, lane + kWarpSize * n);
@@ -60,10 +54,10 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
     const BranchPlan<T> plan = branch_plan<T>(sources, t, branch, 1);
 #pragma unroll 1
     for (int64_t j = plan.visible.lo; j < plan.visible.hi; ++j) {
-      const float bias = distance_bias_at(p.score, t.head, i - j, 0);
-      if (bias == minus_infinity()) continue;
       const T* k_row = plan.k + (j - plan.k_origin) * plan.k_stride;
       const T* v_row = plan.v + (j - plan.v_origin) * plan.v_stride;
+      const float bias = kBias ? distance_bias_at(p.score, t.head, i - j, 0) : 0.0f;
+      if (bias == minus_infinity()) continue;  // hidden
       float product = 0.0f;
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) {
@@ -85,17 +79,31 @@ LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block,
   const bool has_sink = p.score.sink_logits != nullptr;
   const float sink = has_sink ? load_global(p.score.sink_logits + t.head) : 0.0f;
   const SoftmaxEnd end = finish(state, has_sink, sink);
-  T* out_row = static_cast<T*>(p.out) + t.batch * p.out_stride.batch + t.head * p.out_stride.head +
-               t.first_row * p.out_stride.seq;
 #pragma unroll
-  for (int n = 0; n < kOwn; ++n) {
-    const int dim = lane + kWarpSize * n;
-    if (dim < head_dim) store_global(out_row + dim, from_float<T>(out[n] * end.out_scale));
+  for (int n = 0; n < kOwn; ++n) out[n] *= end.out_scale;
+}
+
+// The same for block number `block`, to global memory once the tile is there: a call, so that it
+// costs the kernel's loop no register.
+template <typename T>
+LMINF_DEVICE_CALL void attend_exactly(const AttnSources& sources, int64_t block, int tile_rows,
+                                      int row) {
+  constexpr int kMaxHeadDim = 256;
+  const LambdaAttnParams& p = sources.p;
+  const QueryTile t = query_tile(sources, block, tile_rows);
+  float out[kMaxHeadDim / kWarpSize];
+  exact_row<T, true>(sources, t, row, out);
+  T* out_row = static_cast<T*>(p.out) + t.batch * p.out_stride.batch + t.head * p.out_stride.head +
+               (t.first_row + row) * p.out_stride.seq;
+#pragma unroll
+  for (int n = 0; n < kMaxHeadDim / kWarpSize; ++n) {
+    const int dim = static_cast<int>(threadIdx.x) % kWarpSize + kWarpSize * n;
+    if (dim < p.head_dim) store_global(out_row + dim, from_float<T>(out[n]));
   }
 }
 
-// The rows of a warp that attend_exactly is for: a bit each, of the rows that WarpState::row_index
-// counts. `spoilt[r]` says it of this lane's part of its row r.
+// The rows of a warp that this is for: a bit each, of the rows that State::row_index counts.
+// `spoilt[r]` says it of this lane's part of its row r.
 template <typename State>
 LMINF_DEVICE uint32_t spoilt_rows(const bool (&spoilt)[State::kRows]) {
   uint32_t rows = 0;

@@ -9,6 +9,7 @@
 #include "rotate_rows.h"
 
 namespace lminf::cuda {
+
 void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void* workspace,
                  Stream stream) {
   if (lambda_attn_plan(params, device).blocks == 0) return;
@@ -17,8 +18,8 @@ void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void
   sources.p = params;
   sources.has_near = may_have_near(params);
   sources.has_far = may_have_far(params);
-  const KeyTensor raw{params.k, params.k_stride, false, false};
-  const KeyTensor raw_globals{params.global_k, params.global_k_stride, true, false};
+  const KeyTensor raw{params.k, params.k_stride, params.seqlen_k};
+  const KeyTensor raw_globals{params.global_k, params.global_k_stride, params.n_global, true};
   sources.window_k = raw;
   sources.near_k = sources.far_k = own_globals(params) ? raw_globals : raw;
 
@@ -31,6 +32,7 @@ void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void
   auto run = [&](const Region& region, const KeyTensor& from) {
     KeyTensor made = from;
     made.data = static_cast<char*>(workspace) + region.offset;
+    made.rows = region.rows;
     made.stride.seq = params.head_dim;
     made.stride.head = region.rows * made.stride.seq;
     made.stride.batch = params.heads_kv * made.stride.head;
@@ -42,7 +44,7 @@ void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void
     rotate.out_stride = made.stride;
     rotate.batch = region.batch;
     rotate.rows = region.rows;
-    rotate.x_rows = from.by_position ? params.n_global : params.seqlen_k;
+    rotate.x_rows = from.rows;
     if (rotate.rows > 0 && rotate.batch > 0) rotate_rows(rotate, stream);
     return made;
   };
@@ -76,7 +78,10 @@ void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void
   }
 
   const bool is_bf16 = params.dtype == DType::kBFloat16;
-  switch (lambda_attn_kernel(params, device.capability)) {
+  switch (lambda_attn_kernel(params, device)) {
+    case AttnKernel::kHopper:
+      return is_bf16 ? lambda_attn_sm90_bf16(sources, device.multiprocessors, stream)
+                     : lambda_attn_sm90_fp16(sources, device.multiprocessors, stream);
     case AttnKernel::kTensorCore:
       return is_bf16 ? lambda_attn_sm80_bf16(sources, stream)
                      : lambda_attn_sm80_fp16(sources, stream);

@@ -11,6 +11,10 @@ namespace lminf::cuda {
 void lambda_attn_sm80_bf16(AttnSources sources, Stream stream);
 void lambda_attn_sm80_fp16(AttnSources sources, Stream stream);
 
+// The same on Hopper, by as many blocks as there are multiprocessors.
+void lambda_attn_sm90_bf16(AttnSources sources, int multiprocessors, Stream stream);
+void lambda_attn_sm90_fp16(AttnSources sources, int multiprocessors, Stream stream);
+
 void lambda_attn_plain(AttnSources sources, Stream stream);
 
 }  // namespace lminf::cuda

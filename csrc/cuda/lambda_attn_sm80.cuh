@@ -17,18 +17,11 @@
 #pragma once
 
 #include "attend.cuh"
+#include "attn_rows.cuh"
 #include "exact_row.cuh"
 #include "lambda_attn.h"
 
 namespace lminf::cuda {
-
-constexpr int kGlobalN = 16;  // keys of a far or near tile: n_global is 4 to 16 in practice
-// What every thread of a block needs to know now and then, in shared memory: registers are scarce.
-template <typename T>
-struct BlockPlan {
-  QueryTile tile;
-  BranchPlan<T> branches[kBranches];
-};
 
 template <typename T, int kHeadDim_>
 struct AttnTraits {
@@ -48,30 +41,6 @@ struct AttnTraits {
   static_assert(kTiles.head_dim == kHeadDim, "a kernel of its own");
   static_assert(kPlanStart + sizeof(BlockPlan<T>) <= kSharedBytes, "the plan fits");
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
-};
-
-// The rows of a tile of queries against a tile of keys.
-struct QueryRows {
-  const ScoreParams& params;
-  const int64_t& head;
-  float slope;
-  const Branch& branch;
-  int64_t first_query;   // position of the warp's first row
-  int64_t key_position;  // position of the tile's first key
-  int64_t max_distance;
-  int keys;
-
-  LMINF_DEVICE Scoring scoring() const { return Scoring(params); }
-  LMINF_DEVICE float score(float product, int, int row, int column) const {
-    const float corner = static_cast<float>(first_query - key_position);
-    return scoring().score<false>(
-        product, slope,
-        clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
-        distance_bias_at(params, head, first_query - key_position, row - column));
-  }
-  LMINF_DEVICE ColumnRange columns(int row) const {
-    return visible_columns(branch, first_query + row, key_position, keys);
-  }
 };
 
 template <typename Traits, int kKeys>
@@ -184,8 +153,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const BranchPlan<T>& plan = branch_of(visit);
     const int64_t index = tile_of(visit);
     const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
-    const QueryRows rows{p.score,     block[0].tile.head,         slope,          plan.branch,
-                         first_query, plan.origin + index * keys, p.max_distance, keys};
+    const QueryRows<true> rows{p.score,     block[0].tile.head,         slope,          plan.branch,
+                               first_query, plan.origin + index * keys, p.max_distance, keys};
     const bool full = plan.tiles.full(index);
     if (visit < near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);

@@ -13,6 +13,7 @@ namespace lminf::cuda {
 struct KeyTensor {
   const void* data = nullptr;
   Strides stride;
+  int64_t rows = 0;          // of one batch entry and head
   bool by_position = false;  // row n stands at position n + max(k_start, 0); else as in params.k
   bool by_sequence = false;  // the batch index is the sequence of cu_seqlens
 };

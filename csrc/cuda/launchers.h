@@ -16,18 +16,22 @@ using Stream = void*;  // a cudaStream_t
 struct DeviceFacts {
   int capability = 80;  // ten times the compute capability: 80, 86, 89, 90, 100, 120
   int multiprocessors = 1;
+  bool has_sm90a = true;  // whether there is code for sm_90a: in this build, for a device that is
+                          // there; in builds in general, for one that is described
 };
 // Of one device; asking for them takes no time and no synchronisation.
 DeviceFacts device_facts(int device);
 
 // Which kernel runs.
 enum class AttnKernel : int32_t {
+  kHopper,      // wgmma and TMA, on compute capability 9.0: prefill of what kTensorCore covers in
+                // tensors that TMA covers, without cu_seqlens and distance_bias
   kTensorCore,  // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes
   kPlain,       // float32 arithmetic on ordinary cores: everything else with D up to 2048
 };
 const char* name_of(AttnKernel kernel);
 
-AttnKernel lambda_attn_kernel(const LambdaAttnParams& params, int capability);
+AttnKernel lambda_attn_kernel(const LambdaAttnParams& params, const DeviceFacts& device);
 AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params, int capability);
 
 // How a call is cut, and the device memory that it needs while it runs: keys rotated once, or the

@@ -31,10 +31,37 @@ void check_head_dim(const char* op, int64_t head_dim) {
   }
 }
 
+// Whether TMA covers a tensor: a side that is stepped over has a stride of its own, below 2^40
+// bytes.
+bool fits_tma(const void* data, const Strides& s, int64_t batch, int64_t heads, int64_t rows) {
+  constexpr int64_t kMaxSize = int64_t{1} << 31;
+  constexpr int64_t kMaxStride = int64_t{1} << 39;  // elements of 16 bits
+  auto fits = [&](int64_t size, int64_t stride) {
+    return size <= kMaxSize && (size <= 1 || (stride > 0 && stride < kMaxStride));
+  };
+  return data == nullptr || (fits(batch, s.batch) && fits(heads, s.head) && fits(rows, s.seq));
+}
+
+// Of what the tensor cores cover, what the kernel for Hopper does. Keys that the pre-pass rotates
+// are read from where it writes them.
+bool hopper_covers(const LambdaAttnParams& p) {
+  const bool raw_keys = p.rope.rotary_dim == 0;
+  return p.cu_seqlens == nullptr && p.score.distance_bias == nullptr &&
+         p.head_dim <= kSm90MaxHeadDim &&
+         fits_tma(p.q, p.q_stride, p.batch, p.heads_q, p.seqlen_q) &&
+         fits_tma(p.out, p.out_stride, p.batch, p.heads_q, p.seqlen_q) &&
+         fits_tma(p.v, p.v_stride, p.batch, p.heads_kv, p.seqlen_k) &&
+         fits_tma(p.global_v, p.global_v_stride, p.batch, p.heads_kv, p.n_global) &&
+         (!raw_keys || (fits_tma(p.k, p.k_stride, p.batch, p.heads_kv, p.seqlen_k) &&
+                        fits_tma(p.global_k, p.global_k_stride, p.batch, p.heads_kv, p.n_global)));
+}
+
 }  // namespace
 
 const char* name_of(AttnKernel kernel) {
   switch (kernel) {
+    case AttnKernel::kHopper:
+      return "sm90";
     case AttnKernel::kTensorCore:
       return "sm80";
     case AttnKernel::kPlain:
@@ -43,12 +70,14 @@ const char* name_of(AttnKernel kernel) {
   return "unknown";
 }
 
-AttnKernel lambda_attn_kernel(const LambdaAttnParams& p, [[maybe_unused]] int capability) {
+AttnKernel lambda_attn_kernel(const LambdaAttnParams& p, const DeviceFacts& device) {
   const bool tensor_core = fits_tensor_cores(p.dtype, p.head_dim) && aligned(p.q, p.q_stride) &&
                            aligned(p.k, p.k_stride) && aligned(p.v, p.v_stride) &&
                            aligned(p.global_k, p.global_k_stride) &&
                            aligned(p.global_v, p.global_v_stride) && aligned(p.out, p.out_stride);
-  return tensor_core ? AttnKernel::kTensorCore : AttnKernel::kPlain;
+  if (!tensor_core) return AttnKernel::kPlain;
+  const bool hopper = device.capability == 90 && device.has_sm90a && hopper_covers(p);
+  return hopper ? AttnKernel::kHopper : AttnKernel::kTensorCore;
 }
 
 AttnKernel lambda_decode_kernel(const LambdaDecodeParams& p, [[maybe_unused]] int capability) {
@@ -84,9 +113,16 @@ KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device
   check_head_dim("lambda_attn", p.head_dim);
   KernelPlan plan;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return plan;
-  const AttnKernel kernel = lambda_attn_kernel(p, device.capability);
+  const AttnKernel kernel = lambda_attn_kernel(p, device);
   TileSizes tiles = plain_tiles(p.head_dim);
   switch (kernel) {
+    case AttnKernel::kHopper: {
+      const Sm90Tiles own = sm90_tiles(p.head_dim);
+      tiles = {own.head_dim, own.block_m, own.block_n};
+      plan.threads = kSm90Threads;
+      plan.shared_bytes = sm90_shared_bytes(own);
+      break;
+    }
     case AttnKernel::kTensorCore:
       tiles = sm80_tiles(p.head_dim);
       plan.threads = kSm80Warps * kWarpSize;
@@ -101,6 +137,7 @@ KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device
   plan.block_m = tiles.block_m;
   plan.block_n = tiles.block_n;
   plan.blocks = query_tiles(p, tiles.block_m) * p.heads_q * p.batch;
+  if (kernel == AttnKernel::kHopper) plan.blocks = min64(plan.blocks, device.multiprocessors);
   check_blocks("lambda_attn", plan.blocks);
   plan.workspace_bytes = attn_workspace(p).bytes;
   return plan;
@@ -131,17 +168,13 @@ KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& de
   const DecodeShape shape = decode_shape(p, device.multiprocessors);
   const AttnKernel kernel = lambda_decode_kernel(p, device.capability);
   const int head_dim = static_cast<int>(p.head_dim);
-  switch (kernel) {
-    case AttnKernel::kTensorCore: {
-      const int built = decode_sm80_head_dim(head_dim);
-      plan.threads = decode_sm80_warps(built) * kWarpSize;
-      plan.shared_bytes = decode_sm80_shared_bytes(built);
-      break;
-    }
-    case AttnKernel::kPlain:
-      plan.threads = decode_plain_warps(shape.rows) * kWarpSize;
-      plan.shared_bytes = DecodePlainSharedSizes(shape.rows, head_dim).bytes(head_dim);
-      break;
+  if (kernel == AttnKernel::kTensorCore) {
+    const int built = decode_sm80_head_dim(head_dim);
+    plan.threads = decode_sm80_warps(built) * kWarpSize;
+    plan.shared_bytes = decode_sm80_shared_bytes(built);
+  } else {
+    plan.threads = decode_plain_warps(shape.rows) * kWarpSize;
+    plan.shared_bytes = DecodePlainSharedSizes(shape.rows, head_dim).bytes(head_dim);
   }
   plan.kernel = name_of(kernel);
   plan.block_m = shape.rows;

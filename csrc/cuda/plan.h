@@ -8,6 +8,7 @@
 
 #include "../core/lambda_mask.h"
 #include "launchers.h"
+#include "sm90_tiles.h"
 
 namespace lminf::cuda {
 

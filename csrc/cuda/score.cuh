@@ -9,14 +9,18 @@
 
 namespace lminf::cuda {
 
+// A quotient to about two units in the last place, with no call for the rare operands.
+LMINF_DEVICE float fast_divide(float x, float y) {
+#if defined(LMINF_EMULATION)
+  return x / y;
+#else
+  return __fdividef(x, y);
+#endif
+}
+
 // tanh by one exponential: its absolute error of 1e-7 is far below a 16-bit score's.
 LMINF_DEVICE float fast_tanh(float x) {
-  const float e = ptx::exp2_approx(2.0f * kLog2e * x);
-#if defined(LMINF_EMULATION)
-  return 1.0f - 2.0f / (e + 1.0f);
-#else
-  return 1.0f - __fdividef(2.0f, e + 1.0f);
-#endif
+  return 1.0f - fast_divide(2.0f, ptx::exp2_approx(2.0f * kLog2e * x) + 1.0f);
 }
 
 // What a kernel does to a product <q, k>.
@@ -46,7 +50,7 @@ struct Scoring {
     if (alibi) s -= slope * distance;
     if (biased) s += bias;
     if (softcap != 0.0f) {
-      s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(s / softcap));
+      s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(fast_divide(s, softcap)));
     }
     return biased && bias == minus_infinity() ? bias : s * kLog2e;
   }

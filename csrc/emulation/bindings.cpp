@@ -211,6 +211,11 @@ void clamped_rope(const py::dict& values) {
   cuda::clamped_rope(p, nullptr);
 }
 
+std::string attn_kernel(const py::dict& values) {
+  const Arguments a(values);
+  return cuda::name_of(cuda::lambda_attn_kernel(attn_params(a), cuda::device_facts(0)));
+}
+
 void middle_topk(const py::dict& values) {
   const Arguments a(values);
   MiddleTopkParams p;
@@ -256,10 +261,14 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def("lambda_attn", &lambda_attn);
   m.def("lambda_decode", &lambda_decode);
   m.def("clamped_rope", &clamped_rope);
+  m.def("attn_kernel", &attn_kernel);
   m.def("middle_topk", &middle_topk);
   m.def(
       "set_device",
-      [](int capability, int multiprocessors) { set_device({capability, multiprocessors}); },
+      [](int capability, int multiprocessors, bool has_sm90a) {
+        set_device({capability, multiprocessors, has_sm90a});
+      },
       py::arg("capability") = Device().capability,
-      py::arg("multiprocessors") = Device().multiprocessors);
+      py::arg("multiprocessors") = Device().multiprocessors,
+      py::arg("has_sm90a") = Device().has_sm90a);
 }

@@ -48,6 +48,7 @@ void set_schedule_seed(uint64_t seed);
 struct Device {
   int capability = 80;
   int multiprocessors = 4;
+  bool has_sm90a = true;  // whether the build is taken to hold code for sm_90a
 };
 Device device();
 void set_device(Device device);
