@@ -70,13 +70,15 @@ def test_a_device_of_another_size_decodes_the_same(multiprocessors):
 def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
     """On compute capability 9.0; without code for sm_90a in the build, the generic one does."""
 
-    def kernel(*tensors, **facts):
+    def kernel(*tensors, score=None, **facts):
+        values = emulated.lambda_attn_values(*tensors, 2, 4, **(score or {}))
         with emulated.device(capability=90, **facts):
-            return emulated.module().attn_kernel(emulated.lambda_attn_values(*tensors, 2, 4))
+            return emulated.module().attn_kernel(values)
 
     low, full = qkv(8, 8, dtype=torch.bfloat16), qkv(8, 8)
     assert kernel(*low) == "sm90"
     assert kernel(*low, has_sm90a=False) == "sm80"
+    assert kernel(*low, score={"distance_bias": torch.zeros(2, 4)}) == "sm80"
     assert kernel(*full) == "plain"
     assert emulated.module().attn_kernel(emulated.lambda_attn_values(*low, 2, 4)) == "sm80"
 
@@ -89,12 +91,13 @@ def test_another_order_of_threads_gives_the_same_bits_on_hopper(
 ):
     """Nor does it matter how many tiles a block takes in turn."""
     q, k, v = qkv(300, 310, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16)
-    score = dict(options("rope", 4, head_dim), max_distance=160)
+    score = dict(options("all", 4, head_dim), max_distance=160)
     with emulated.device(capability=90, multiprocessors=multiprocessors):
         out, lse = emulated.lambda_attn(q, k, v, 20, 140, **score)
     emulated.module().set_schedule_seed(0)
-    with emulated.device(capability=90):
-        in_turn, lse_in_turn = emulated.lambda_attn(q, k, v, 20, 140, **score)
+    in_turn, lse_in_turn = check_lambda_attn(
+        "emulated_sm90", q, k, v, n_global=20, window=140, **score
+    )
     assert torch.equal(out, in_turn) and torch.equal(lse, lse_in_turn)
 
 
