@@ -142,7 +142,8 @@ def prepared(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     return values
 
 
-def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def lambda_attn_values(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What the module's lambda_attn takes."""
     values = prepared("lambda_attn", args, kwargs)
     if values["n_global"] == 0:
         values |= dict(global_k=None, global_v=None)
@@ -152,6 +153,11 @@ def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         seqlen_k=values["k"].shape[2],
         n_sequences=0 if packed is None else packed.shape[0] - 1,
     )
+    return values
+
+
+def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    values = lambda_attn_values(*args, **kwargs)
     module().lambda_attn(values)
     return values["out"], values["lse"]
 
