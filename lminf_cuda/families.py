@@ -94,7 +94,7 @@ class Family:
         """Of every layer the earlier one whose keys it attends with, None for its own."""
         config, n_layers = decoder.config, len(getattr(decoder, self.layers))
         modes = getattr(config, "kv_sharing_modes", None)
-        if modes is None and getattr(config, "num_kv_shared_layers", 0):
+        if modes is None and getattr(config, "num_kv_shared_layers", None):
             raise ValueError(
                 f"this {type(decoder).__name__} has layers that share keys in a way of "
                 f"transformers {transformers.__version__} that a patch cannot follow; use a "
