@@ -96,7 +96,14 @@ class Family:
     def keys_of(self, decoder: Any) -> list[int | None]:
         """Of every layer the earlier one whose keys it attends with, None for its own."""
         config, n_layers = decoder.config, len(getattr(decoder, self.layers))
-        modes = getattr(config, "kv_sharing_modes", None) or [None] * n_layers
+        modes = getattr(config, "kv_sharing_modes", None)
+        if modes is None and getattr(config, "num_kv_shared_layers", None):
+            raise ValueError(
+                f"this {type(decoder).__name__} has layers that share keys in a way of "
+                f"transformers {transformers.__version__} that a patch cannot follow; use a "
+                "newer transformers"
+            )
+        modes = modes or [None] * n_layers
         storing = {
             layer_type(config, index): index for index, mode in enumerate(modes) if mode == "store"
         }
@@ -144,7 +151,7 @@ class Family:
 
 # What a config calls layers that keep a state, and those among its layers that have no attention.
 _RECURRENT = ("linear_attention", "conv", "hybrid")
-_WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
+_WITHOUT_ATTENTION = ("linear_attention", "conv")
 
 
 def _descendant(module: Any, path: str) -> Any:
@@ -412,9 +419,7 @@ FAMILIES: dict[str, Family] = {
         uses_rope=lambda attention: attention.config.position_embedding_type == "rope",
         is_recurrent=True,
     ),
-    "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True),
     "kimi_linear": Family(uses_rope=lambda attention: False, is_recurrent=True),
-    "nemotron_h": Family(attention="mixer", uses_rope=lambda attention: False, is_recurrent=True),
     "olmo_hybrid": Family(
         uses_rope=lambda attention: bool(
             (attention.config.rope_parameters or {}).get("rope_theta")

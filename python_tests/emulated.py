@@ -142,7 +142,8 @@ def prepared(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     return values
 
 
-def lambda_attn_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def lambda_attn_values(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """What the module's lambda_attn takes."""
     values = prepared("lambda_attn", args, kwargs)
     if values["n_global"] == 0:
         values |= dict(global_k=None, global_v=None)
@@ -155,13 +156,8 @@ def lambda_attn_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return values
 
 
-def attn_kernel(*args: Any, **kwargs: Any) -> str:
-    """The kernel that lambda_attn runs on the emulated device."""
-    return module().attn_kernel(lambda_attn_values(args, kwargs))
-
-
 def lambda_attn(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    values = lambda_attn_values(args, kwargs)
+    values = lambda_attn_values(*args, **kwargs)
     module().lambda_attn(values)
     return values["out"], values["lse"]
 

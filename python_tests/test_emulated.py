@@ -72,14 +72,15 @@ def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
 
     def kernel(*tensors, score=None, **facts):
         with emulated.device(capability=90, **facts):
-            return emulated.attn_kernel(*tensors, 2, 4, **(score or {}))
+            values = emulated.lambda_attn_values(*tensors, 2, 4, **(score or {}))
+            return emulated.module().attn_kernel(values)
 
     low, full = qkv(8, 8, dtype=torch.bfloat16), qkv(8, 8)
     assert kernel(*low) == "sm90"
     assert kernel(*low, has_sm90a=False) == "sm80"
     assert kernel(*low, score={"distance_bias": torch.zeros(2, 4)}) == "sm80"
     assert kernel(*full) == "plain"
-    assert emulated.attn_kernel(*low, 2, 4) == "sm80"
+    assert emulated.module().attn_kernel(emulated.lambda_attn_values(*low, 2, 4)) == "sm80"
 
 
 @pytest.mark.parametrize("shuffled", [1, 2, 3], indirect=True)

@@ -429,10 +429,21 @@ def test_scores_of_any_size(backend, size):
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-6, atol=0)
 
 
-def test_no_rows(backend):
-    q, k, v = qkv(0, 10)
-    out, lse = call(backend, "lambda_attn", q, k, v, 2, 4)
-    assert out.shape == (1, 2, 0, 64) and lse.shape == (1, 2, 0)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 0, 10), (1, 0, 0), (0, 5, 10), (0, 0, 0)], ids=str)
+def test_no_rows(backend, sizes, dtype):
+    """No queries, no keys, no batch entries."""
+    batch, seqlen_q, seqlen_k = sizes
+    q, k, v = qkv(seqlen_q, seqlen_k, batch=batch, dtype=dtype)
+    out, lse = call(backend, "lambda_attn", q, k, v, 2, 4, **options("rope", 2, 64))
+    assert out.shape == (batch, 2, seqlen_q, 64) and lse.shape == (batch, 2, seqlen_q)
+
+
+def test_queries_expanded_over_heads_and_rows(backend):
+    """Strides of 0; the output has memory of its own."""
+    q, k, v = qkv(40, 40, heads_q=4, dtype=torch.bfloat16)
+    q = q[:, :1, :1].expand(-1, 4, 40, -1)
+    check_lambda_attn(backend, q, k, v, n_global=3, window=9, **options("alibi", 4, 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

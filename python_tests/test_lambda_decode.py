@@ -256,6 +256,13 @@ def test_a_hidden_distance_is_never_seen(backend, poison, head_dim, dtype):
     assert (out[:, 2] == 0).all() and (lse[:, 2] == -INF).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(backend, dtype):
+    q, k, v, *cache = randn(0, *[(0, 2, n, 16) for n in (1, 1, 1, 5, 5, 2, 2)], dtype=dtype)
+    out, lse = call(backend, "lambda_decode", q, k, v, *cache, torch.zeros(0).long(), 4)
+    assert out.shape == (0, 2, 1, 16) and lse.shape == (0, 2, 1)
+
+
 @pytest.mark.parametrize("poison", [NAN, INF])
 def test_idle_rows_read_and_write_nothing(backend, poison):
     q, k, v = randn(5, (2, 4, 1, 16), (2, 2, 1, 16), (2, 2, 1, 16))
