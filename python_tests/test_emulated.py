@@ -71,8 +71,8 @@ def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
     """On compute capability 9.0; without code for sm_90a in the build, the generic one does."""
 
     def kernel(*tensors, score=None, **facts):
-        values = emulated.lambda_attn_values(*tensors, 2, 4, **(score or {}))
         with emulated.device(capability=90, **facts):
+            values = emulated.lambda_attn_values(*tensors, 2, 4, **(score or {}))
             return emulated.module().attn_kernel(values)
 
     low, full = qkv(8, 8, dtype=torch.bfloat16), qkv(8, 8)
