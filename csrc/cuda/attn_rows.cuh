@@ -32,7 +32,7 @@ struct QueryRows {
   LMINF_DEVICE Scoring scoring() const { return Scoring(params); }
   LMINF_DEVICE float score(float product, int, int row, int column) const {
     const float corner = static_cast<float>(first_query - key_position);
-    return scoring().template score<false>(
+    return scoring().template score<false, kBias>(
         product, slope,
         clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
         kBias ? distance_bias_at(params, head, first_query - key_position, row - column) : 0.0f);

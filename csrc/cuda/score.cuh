@@ -43,14 +43,17 @@ struct Scoring {
   LMINF_DEVICE float exponent_unit() const { return only_scales() ? scale * kLog2e : 1.0f; }
 
   // The whole score times log2(e), when there is more than a factor. `distance` is clamped, `bias`
-  // the entry of distance_bias there.
-  template <bool kExact>
+  // the entry of distance_bias there. kCalls: rare operands of the quotient may take a call, which
+  // a kernel with wgmma cannot have, and which keeps ptxas from gathering the look-ups of many
+  // elements in registers.
+  template <bool kExact, bool kCalls = kExact>
   LMINF_DEVICE float score(float product, float slope, float distance, float bias) const {
     float s = product * scale;
     if (alibi) s -= slope * distance;
     if (biased) s += bias;
     if (softcap != 0.0f) {
-      s = softcap * (kExact ? tanhf(s / softcap) : fast_tanh(fast_divide(s, softcap)));
+      const float x = kCalls ? s / softcap : fast_divide(s, softcap);
+      s = softcap * (kExact ? tanhf(x) : fast_tanh(x));
     }
     return biased && bias == minus_infinity() ? bias : s * kLog2e;
   }
