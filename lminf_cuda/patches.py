@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
-from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
+from .cache import LambdaCache
 from .decoding import OVERRIDES, lambda_cache, new_cache
 from .families import ENCODER_DECODERS, FAMILIES, WRAPPERS, Family, find_decoder, layer_type
 from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
+from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, LayerSettings
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
 

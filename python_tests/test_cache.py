@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lminf_cuda import LambdaCache, patch_model, patches, unpatch_model
-from lminf_cuda.cache import LambdaCacheLayer
+from lminf_cuda.cache_layer import LambdaCacheLayer
 
 N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5  # float32, logits of order 1; the sums run in another order
