@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.isa import LIMITS, hold_to
 from lminf_cuda.bench import PEERS, Shape, attention_rows, machine, write_rows
-from lminf_cuda.cli import print_bench
+from lminf_cuda.tables import print_bench
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.cli import DEMO_MODEL
+from lminf_cuda.arguments import DEMO_MODEL
 from lminf_cuda.evaluate import chunk_bounds, stream
 
 SHORT, LONG = 4096, 16_384

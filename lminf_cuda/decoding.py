@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from .cache import SETTINGS_ATTRIBUTE, LambdaCache
+from .cache import LambdaCache
+from .settings import SETTINGS_ATTRIBUTE
 
 __all__ = ["OVERRIDES", "lambda_cache", "new_cache"]
 

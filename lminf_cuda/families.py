@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .cache import recurrent_layers_are_known
+from .cache_layer import recurrent_layers_are_known
 from .rope import Rope, is_rotary, snapshot_rope
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "WRAPPERS", "Family", "find_decoder"]

@@ -12,13 +12,12 @@ slot 0 takes what is padding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .cache import LayerSettings
+from .settings import LayerSettings
 
 __all__ = ["MiddleStore", "add_middle_tokens", "check_device"]
 

@@ -11,7 +11,7 @@ the AttentionInterface (docs/design.md section 3):
   sends them to every layer as the keyword argument `lminf_forward`;
 - a hook after it tells the cache that the tokens are in.
 
-families.py says which models are served and where they differ.
+forward_state.py holds these checks; families.py says which models are served and where they differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -29,11 +28,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation import GenerationMixin
 
-from .cache import SETTINGS_ATTRIBUTE, LambdaCache, LambdaSettings, LayerSettings
 from .decoding import OVERRIDES, lambda_cache, new_cache
 from .families import ENCODER_DECODERS, FAMILIES, WRAPPERS, Family, find_decoder, layer_type
+from .forward_state import (
+    ForwardState,
+    causal_padding_mask,
+    locate_tokens,
+    padding_mask,
+    refuse_inputs,
+)
 from .middle import add_middle_tokens
 from .rope import IdentityRotary, is_rotary, training_length
+from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, LayerSettings
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
 
@@ -43,35 +49,6 @@ ATTENTION_NAME = "lminf"
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
 _LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
 _STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
-
-
-# Per forward: what the hook before the decoder tells the attention function.
-
-
-@dataclass(eq=False)
-class ForwardState:
-    """Where the tokens of one forward stand.
-
-    Attributes:
-        cache: the cache in use, or None.
-        first: int64 [B], the position of each row's first new token, negative where the row begins
-            with padding; None for 0 in all rows (only without a cache).
-        n_tokens: new columns.
-        is_decode: one new column, and a cache that holds some already.
-        is_right_padded: some row ends with padding.
-    """
-
-    cache: LambdaCache | None
-    first: Tensor | None
-    n_tokens: int
-    is_decode: bool
-    is_right_padded: bool
-
-    def first_on(self, device: torch.device) -> Tensor | None:
-        """`first` on the device of the layer that asks."""
-        if self.first is None or self.first.device == device:
-            return self.first
-        return self.first.to(device)
 
 
 def _attend(
@@ -205,223 +182,8 @@ def _attend_in_forward(
     return _attend(module, query, key, value, state, options).flatten(2)
 
 
-_NO_LOOK_AHEAD = (
-    "this model lets tokens of an image see what follows them, which Λ attention does not; give it "
-    "text alone, or call unpatch_model(model) first"
-)
-
-
-def _mask(
-    *_: Any,
-    batch_size: int,
-    q_length: int,
-    q_offset: int = 0,
-    kv_length: int,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | None = None,
-    **__: Any,
-) -> Tensor | None:
-    """The AttentionMaskInterface function `lminf`: the padding mask as bool [B, 1, 1, keys].
-
-    Raises:
-        ValueError: `mask_function` lets a token see the next one, as those of an image do in some
-            models.
-    """
-    if not allow_is_causal_skip:  # so that something else than causality may be in it
-        rows = torch.arange(batch_size, device=device)[:, None]
-        queries = torch.arange(q_offset, min(q_offset + q_length, kv_offset + kv_length - 1))
-        queries = queries.to(rows.device)[None]
-        seen = mask_function(rows, torch.zeros_like(rows), queries, queries + 1 - kv_offset)
-        sees_ahead = torch.as_tensor(seen).any()
-        if torch.compiler.is_compiling():
-            torch._assert_async(~sees_ahead, _NO_LOOK_AHEAD)
-        elif bool(sees_ahead):
-            raise ValueError(_NO_LOOK_AHEAD)
-    if attention_mask is None or attention_mask.ndim != 2:
-        return attention_mask
-    return (attention_mask != 0)[:, None, None]
-
-
-def _padding_mask(mask: Any) -> Any:
-    """The padding mask [B, columns] in what a model around the decoder made of it by `_mask`."""
-    if not isinstance(mask, dict) or not mask:
-        return mask
-    first = next(iter(mask.values()))
-    for other in mask.values():
-        if other is not first and not (
-            isinstance(first, Tensor) and isinstance(other, Tensor) and torch.equal(first, other)
-        ):
-            return mask
-    is_padding = isinstance(first, Tensor) and first.ndim == 4 and first.shape[1:3] == (1, 1)
-    if is_padding and first.dtype == torch.bool:
-        return first[:, 0, 0]
-    return first if first is None and len(mask) > 1 else mask
-
-
 AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-
-
-def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tensor | None) -> None:
-    """Refuses position_ids that equal none of `allowed` on the tokens marked `real`.
-
-    `position_ids`, `real` and each of `allowed` are [B or 1, S]; without `real` all are tokens.
-    """
-    if position_ids.ndim == 3 and bool((position_ids == position_ids[:1]).all()):
-        position_ids = position_ids[0]  # a text's, in models that place images in three dims
-    if position_ids.ndim == 3:
-        raise ValueError(
-            "position_ids has 3 dims that differ, so tokens of an image or a video stand at "
-            "positions of their own; a patched model counts tokens: give it text alone, or call "
-            "unpatch_model(model) first"
-        )
-    if position_ids.ndim != 2:
-        raise ValueError(
-            f"position_ids has {position_ids.ndim} dims; a patched model takes [batch, tokens]"
-        )
-    if position_ids.shape[1] != allowed[0].shape[1]:
-        raise ValueError(
-            f"position_ids has {position_ids.shape[1]} columns, and there are "
-            f"{allowed[0].shape[1]} new tokens; leave position_ids out"
-        )
-    is_right = torch.zeros(1, dtype=torch.bool, device=position_ids.device)
-    for ids in allowed:
-        fits = position_ids == ids if real is None else (position_ids == ids) | ~real
-        is_right = is_right | fits.all(-1)
-    if not bool(is_right.all()):
-        row = int((~is_right).nonzero()[0])
-        found = position_ids.expand(is_right.shape[0], -1)[row].tolist()
-        shown = f"{found[:8]}..." if len(found) > 8 else f"{found}"
-        raise ValueError(
-            f"position_ids of row {row} are {shown}, but a patched model counts each row's tokens "
-            "itself, from its padding mask and its cache; leave position_ids out. Sequences "
-            "packed into one row are not supported here: give each its own row, or call "
-            "lambda_attn with cu_seqlens"
-        )
-
-
-def _padding(mask: Tensor, counts: Tensor | None, n_old: int) -> tuple[Tensor, bool, Tensor]:
-    """Reads a 2-D padding mask.
-
-    Args:
-        mask: bool [B, n_old + S], True for tokens.
-        counts: int64 [B], tokens of each row in the cache; None without a cache.
-        n_old: columns in the cache.
-
-    Returns:
-        int64 [B], the padding columns at the beginning of each row's new columns; whether a row
-        ends with padding; bool [B, S], which new columns hold tokens.
-
-    Raises:
-        ValueError: padding in the middle of a row, or a mask that disagrees with the cache.
-    """
-    old, new = mask[:, :n_old], mask[:, n_old:]
-    n_new = new.sum(-1)
-    n_left = (new.cumsum(-1) == 0).sum(-1)
-    n_right = (new.flip(-1).cumsum(-1) == 0).sum(-1)
-    is_empty = n_new == 0
-    has_hole = ~is_empty & (n_left + n_new + n_right != new.shape[1])
-    is_right_padded = ~is_empty & (n_right > 0)
-    if counts is not None:
-        if not torch.equal(old.sum(-1), counts):
-            raise ValueError(
-                f"attention_mask marks {old.sum(-1).tolist()} tokens in the first {n_old} "
-                f"columns, but the LambdaCache holds {counts.tolist()}; pass the mask of all "
-                "tokens so far"
-            )
-        has_hole |= (counts > 0) & (n_left > 0)
-    if bool(has_hole.any()):
-        row = int(has_hole.nonzero()[0])
-        raise ValueError(
-            f"attention_mask of row {row} has padding in the middle of its tokens; Λ attention "
-            "takes padding at a row's beginning only (tokenizer.padding_side = 'left')"
-        )
-    return n_left, bool(is_right_padded.any()), new
-
-
-def _may_read_values(inputs: Tensor) -> bool:
-    """Whether the host may look at values freely: it stalls a GPU and splits a compiled graph."""
-    return inputs.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-_NO_IDLE_ROW = (
-    "attention_mask masks the new token of a row, and this model has recurrent layers, whose "
-    "states take every token of a step; leave such rows out of the batch"
-)
-
-
-def _forward_state(
-    cache: LambdaCache | None,
-    inputs: Tensor,
-    attention_mask: Any,
-    position_ids: Tensor | None,
-    is_recurrent: bool,
-) -> ForwardState:
-    """Checks one forward's mask and positions and says where its tokens stand.
-
-    A decode step that cannot be checked without waiting for a device takes a masked token for an
-    idle row.
-
-    Args:
-        cache: the cache in use, or None.
-        inputs: input_ids [B, S] or inputs_embeds [B, S, hidden].
-        attention_mask: [B, all columns so far] or None.
-        position_ids: [B or 1, S] or None.
-        is_recurrent: whether the model has recurrent layers, which cannot leave a token out.
-    """
-    batch_size, n_tokens = inputs.shape[:2]
-    n_old, counts = (0, None) if cache is None else (cache.get_seq_length(), cache.next_positions)
-    if cache is not None and counts is None:
-        counts = torch.zeros(batch_size, dtype=torch.int64, device=inputs.device)
-    if attention_mask is not None:
-        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-            kind = (
-                f"{attention_mask.ndim}-D" if isinstance(attention_mask, Tensor) else "not a tensor"
-            )
-            raise ValueError(
-                f"attention_mask is {kind}; a patched model takes a padding mask [batch, tokens] "
-                "or None, since the Λ mask is its own"
-            )
-        if attention_mask.shape[1] != n_old + n_tokens:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns; it must have "
-                f"{n_old + n_tokens}: {n_old} in the cache and {n_tokens} new ones"
-            )
-    first = counts
-    if n_tokens == 1 and n_old > 0 and not _may_read_values(inputs):
-        if attention_mask is not None and counts is not None:
-            if is_recurrent:
-                torch._assert_async((attention_mask[:, -1] != 0).all(), _NO_IDLE_ROW)
-            first = torch.where(attention_mask[:, -1].to(counts.device) != 0, counts, -1)
-        return ForwardState(cache, first, n_tokens, is_decode=True, is_right_padded=False)
-
-    real: Tensor | None = None
-    is_right_padded = False
-    if attention_mask is not None:
-        mask = attention_mask != 0
-        # Earlier columns were read when they were new.
-        if not bool(mask[:, n_old:].all()):
-            if is_recurrent and n_tokens == 1:
-                raise ValueError(_NO_IDLE_ROW)
-            mask = mask if counts is None else mask.to(counts.device)
-            n_left, is_right_padded, real = _padding(mask, counts, n_old)
-            first = -n_left if counts is None else counts - n_left
-    if position_ids is not None:
-        columns = torch.arange(n_tokens, device=position_ids.device)
-        allowed = [(n_old + columns)[None]]  # columns, or each row's own tokens
-        if first is not None:
-            allowed.append(first[:, None].to(columns.device) + columns)
-        real = None if real is None else real.to(columns.device)
-        _check_position_ids(position_ids, allowed, real)
-    is_decode = n_tokens == 1 and n_old > 0 and real is None
-    return ForwardState(cache, first, n_tokens, is_decode, is_right_padded)
-
-
-# Which transformers hands on to attention functions, and which this one would not heed.
-_REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
+AttentionMaskInterface.register(ATTENTION_NAME, causal_padding_mask)
 
 
 class _Patch:
@@ -534,19 +296,7 @@ class _Patch:
                 "attn_implementation of a patched model was set to "
                 f"{config._attn_implementation!r}; call unpatch_model(model) before changing it"
             )
-        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
-            raise ValueError(
-                "output_attentions=True asks for attention weights, which Λ attention never "
-                "stores; leave it out, or call unpatch_model(model) first"
-            )
-        for name in _REFUSED_INPUTS:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} is given, which a patched model does not take; leave it out, or call "
-                    "unpatch_model(model) first"
-                )
-        if kwargs.get("is_causal") is False:
-            raise ValueError("is_causal is False; Λ attention is causal: leave it out")
+        refuse_inputs(config, kwargs)
         inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
@@ -561,8 +311,8 @@ class _Patch:
         if cache is not None:
             cache = lambda_cache(decoder, cache)
             cache.check(self.settings, inputs.shape[0])
-        kwargs["attention_mask"] = _padding_mask(kwargs.get("attention_mask"))
-        state = _forward_state(
+        kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
+        state = locate_tokens(
             cache,
             inputs,
             kwargs["attention_mask"],

@@ -41,7 +41,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.cache import recurrent_layers_are_known
+from lminf_cuda.cache_layer import recurrent_layers_are_known
 from lminf_cuda.families import FAMILIES, WRAPPERS, asks_interface, find_decoder
 from lminf_cuda.rope import is_rotary
 

@@ -12,6 +12,7 @@ from tiny_models import one_thread
 from typer.testing import CliRunner
 
 from lminf_cuda import cli, patch_model, unpatch_model
+from lminf_cuda.arguments import Device, Dtype, load
 from lminf_cuda.chat import Chat
 
 TEMPLATE = (
@@ -28,7 +29,7 @@ def single_threaded() -> Iterator[None]:
 
 @pytest.fixture
 def shipped() -> Iterator[Any]:
-    loaded = cli.load(None, cli.Dtype.float32, cli.Device.cpu)
+    loaded = load(None, Dtype.float32, Device.cpu)
     patch_model(loaded.model, n_global=8, window=64)
     yield loaded
     unpatch_model(loaded.model)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import lminf_cuda
 from lminf_cuda import cli
+from lminf_cuda.arguments import parse_lengths
 
 TEXT = "In the beginning God created the heaven and the earth. " * 8
 
@@ -146,7 +147,7 @@ def test_bench_prints_ours_beside_the_peers():
     ],
 )
 def test_lengths_and_dots(text, expected):
-    assert cli.parse_lengths(text) == expected
+    assert parse_lengths(text) == expected
 
 
 def at_least(minimum: int) -> str:

@@ -13,7 +13,7 @@ from tiny_models import one_thread, tokens
 from torch import Tensor
 
 from lminf_cuda import LambdaCache, patch_model
-from lminf_cuda.cache import LambdaCacheLayer, recurrent_layers_are_known
+from lminf_cuda.cache_layer import LambdaCacheLayer, recurrent_layers_are_known
 from lminf_cuda.families import FAMILIES
 
 N_GLOBAL, WINDOW, NEW = 3, 12, 5

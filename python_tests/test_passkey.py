@@ -14,7 +14,8 @@ from test_cli import folder, lminf  # noqa: F401  (a fixture)
 from tiny_models import one_thread
 from torch import Tensor
 
-from lminf_cuda import cli, passkey, plots
+from lminf_cuda import passkey, patch_model, plots, unpatch_model
+from lminf_cuda.arguments import Device, Dtype, load
 from lminf_cuda.passkey import Cell, Prompts
 
 
@@ -26,7 +27,7 @@ def single_threaded() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shipped() -> Any:
-    return cli.load(None, cli.Dtype.float32, cli.Device.cpu)
+    return load(None, Dtype.float32, Device.cpu)
 
 
 @pytest.mark.parametrize("length", [371, 400, 1000])
@@ -100,12 +101,12 @@ def test_a_patched_model_reads_in_chunks(shipped: Any, monkeypatch: pytest.Monke
     ids = torch.tensor([prompts.prompt(420, 0.5, key) for key in ("12345", "67890")])
     vanilla = passkey.write_on(shipped.model, ids, 4, 1)
     assert vanilla.shape == (2, 4)
-    cli.patch_model(shipped.model)
+    patch_model(shipped.model)
     try:
         expected = passkey.write_on(shipped.model, ids, 4, 1000)
         assert torch.equal(passkey.write_on(shipped.model, ids, 4, 50), expected)
     finally:
-        cli.unpatch_model(shipped.model)
+        unpatch_model(shipped.model)
 
 
 def test_the_command_on_the_shipped_model(tmp_path: Path) -> None:
