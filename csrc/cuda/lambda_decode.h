@@ -11,6 +11,7 @@
 #include "../core/online_softmax.h"
 #include "device.cuh"
 #include "plan.h"
+#include "rotary.cuh"
 
 namespace lminf::cuda {
 
@@ -71,6 +72,23 @@ LMINF_DEVICE DecodeTile decode_tile(const DecodeBlock& d, int64_t tile) {
   const Range& range = global ? d.globals : d.window;
   const int64_t first = range.lo + (global ? tile : tile - d.global_tiles) * kDecodeTileKeys;
   return {global, first, static_cast<int>(min64(kDecodeTileKeys, range.hi - first))};
+}
+
+// Where a global key, of position j, is met.
+LMINF_DEVICE int64_t met_at(const LambdaDecodeParams& p, const DecodeBlock& d, int64_t j) {
+  return max64(j, d.position - min64(p.max_distance, kUnbounded));
+}
+
+// Element `dim`, one of the rotated ones, of an un-rotated query or key at `position`.
+template <typename T>
+LMINF_DEVICE float rotated_element(const RopeParams& rope, const T* from, int dim,
+                                   int64_t position) {
+  const int t = rope.interleaved ? dim / 2 : dim % (rope.rotary_dim / 2);
+  const PairDims dims = pair_dims(t, rope.rotary_dim, rope.interleaved);
+  float first = to_float(load_global(from + dims.first));
+  float second = to_float(load_global(from + dims.second));
+  rotate_pair(rotation(position, load_frequency(rope, t)), first, second);
+  return (dim == dims.first ? first : second) * rope.scaling;
 }
 
 // One query head's result over this block's keys: final when there is one split, else partial.

@@ -6,7 +6,6 @@
 // float32, a piece of their dims at a time. A lane works out the products of one key with every
 // second of the warp's heads, then owns dims.
 #include "lambda_decode.h"
-#include "rotary.cuh"
 #include "score.cuh"
 
 namespace lminf::cuda {
@@ -29,19 +28,6 @@ LMINF_DEVICE float half_warp_sum(float x) {
     x += __shfl_xor_sync(kFullWarp, x, mask);
   }
   return x;
-}
-
-// Element `dim` of a raw global key, rotated as the query at `position` meets the key at j.
-template <typename T>
-LMINF_DEVICE float rotated_element(const LambdaDecodeParams& p, const T* key, int dim, int64_t j,
-                                   int64_t position) {
-  const int t = p.rope.interleaved ? dim / 2 : dim % (p.rope.rotary_dim / 2);
-  const PairDims dims = pair_dims(t, p.rope.rotary_dim, p.rope.interleaved);
-  float first = to_float(load_global(key + dims.first));
-  float second = to_float(load_global(key + dims.second));
-  const int64_t met_at = max64(j, position - min64(p.max_distance, kUnbounded));
-  rotate_pair(rotation(met_at, load_frequency(p.rope, t)), first, second);
-  return (dim == dims.first ? first : second) * p.rope.scaling;
 }
 
 // Two blocks a multiprocessor: told nothing, ptxas aims at more of the small ones, and spills.
@@ -159,8 +145,9 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
           const int64_t slot =
               first_slot + row < slots ? first_slot + row : first_slot + row - slots;
           const T* from = rows + slot * s.seq;
-          x = rotated && dim < p.rope.rotary_dim ? rotated_element(p, from, dim, j, d.position)
-                                                 : to_float(load_global(from + dim));
+          x = rotated && dim < p.rope.rotary_dim
+                  ? rotated_element(p.rope, from, dim, met_at(p, d, j))
+                  : to_float(load_global(from + dim));
         }
         keys[row * kKeyPitch + i % width] = x;
       }
