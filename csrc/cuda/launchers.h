@@ -18,6 +18,10 @@ struct DeviceFacts {
   int multiprocessors = 1;
   bool has_sm90a = true;  // whether there is code for sm_90a: in this build, for a device that is
                           // there; in builds in general, for one that is described
+  bool has_sm90 = true;   // whether the code that it runs was compiled for 9.0 or later
+
+  // Programmatic dependent launch: the device has it, and so has the code.
+  bool overlaps_launches() const { return capability >= 90 && has_sm90; }
 };
 // Of one device; asking for them takes no time and no synchronisation.
 DeviceFacts device_facts(int device);
