@@ -36,7 +36,7 @@ enum class AttnKernel : int32_t {
 const char* name_of(AttnKernel kernel);
 
 AttnKernel lambda_attn_kernel(const LambdaAttnParams& params, const DeviceFacts& device);
-AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params, int capability);
+AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params);
 
 // How a call is cut, and the device memory that it needs while it runs: keys rotated once, or the
 // partial results of splits. Neither these nor the kernel depend on what stands in device

@@ -120,19 +120,23 @@ constexpr int kDecodeRows = 16;      // query heads of one key head in one tile
 constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 
 struct DecodeShape {
+  AttnKernel kernel = AttnKernel::kPlain;
+  bool mends = false;      // with one split too, a kernel comes after it
   int rows = kDecodeRows;  // query heads of a tile
+  int threads = 0, shared_bytes = 0;
   int64_t head_tiles = 1;  // tiles per key head
   int64_t splits = 1;
   int64_t state_bytes = 0;      // of the splits' softmax states, at the workspace's start
   int64_t workspace_bytes = 0;  // of these and the splits' outputs
 };
-DecodeShape decode_shape(const LambdaDecodeParams& params, int multiprocessors);
+DecodeShape decode_shape(const LambdaDecodeParams& params, const DeviceFacts& device);
 
 // Of the tensor-core kernels (lambda_decode_sm80.cu), the smallest that covers a head dim.
 constexpr int decode_sm80_head_dim(int64_t head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 constexpr int decode_sm80_warps(int head_dim) { return head_dim <= 128 ? 4 : 2; }
+constexpr int kDecodeSm80Blocks = 3;  // of a multiprocessor, as far as registers go
 constexpr int kDecodeStages = 2;
 constexpr int decode_sm80_warp_bytes(int head_dim) {  // a warp's stages of keys and values
   return kDecodeStages * 2 * kDecodeTileKeys * head_dim * 2;
@@ -148,6 +152,7 @@ constexpr int decode_plain_rows(int64_t head_dim) {
   return head_dim <= kManyDims ? kDecodeRows : 4;
 }
 constexpr int decode_plain_warps(int rows) { return rows == kDecodeRows ? 4 : 2; }
+constexpr int kDecodePlainBlocks = 4;
 
 struct DecodePlainSharedSizes {
   static constexpr int kKeyPitch = kPlainPiece + 1;  // odd: the lanes' keys in different banks
