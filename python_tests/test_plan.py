@@ -124,6 +124,27 @@ def test_a_plan_in_full():
     )
 
 
+def test_the_workspace_grows_with_the_keys_that_are_met():
+    """300 queries, window 4096: 4395 keys in windows, and the global ones; not the keys between."""
+
+    def keys(seqlen_k, seqlen_q=300, window=4096, **options):
+        q, k = spread((1, 32, seqlen_q, 128)), spread((1, 8, seqlen_k, 128))
+        plan = kernel_plan(
+            q, k, k, 16, window, inv_freq=frequencies(128), device_capability=90, **options
+        )
+        assert plan.workspace_bytes % (8 * 128 * 2) == 0
+        return plan.workspace_bytes // (8 * 128 * 2)
+
+    for seqlen_k in (5_000, 100_000, 20_000_000):
+        assert keys(seqlen_k) == 300 + 4096 - 1 + 16
+        assert keys(seqlen_k, max_distance=4900) == 300 + 4096 - 1 + 16 + 16
+        assert keys(seqlen_k, seqlen_q=1, window=1) == 1 + 16
+    # The windows reach all keys: among them are the near ones, and none is far.
+    assert keys(4395, max_distance=4200) == 4395 + 16
+    assert keys(4000) == 4000
+    assert keys(4396, max_distance=4395) == 4395 + 16 + 16
+
+
 def test_splits_fill_the_device():
     """As many blocks as are resident at once, and about eight tiles of 16 keys a split."""
 

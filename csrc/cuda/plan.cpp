@@ -9,8 +9,6 @@ constexpr int64_t kAlignment = 256;
 // it wins.
 constexpr int64_t kLeastTiles = 8;
 
-int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 // Whether all rows start at a multiple of 16 bytes. A tensor of one row has none to step to.
@@ -112,12 +110,19 @@ AttnWorkspace attn_workspace(const LambdaAttnParams& p) {
     region = {w.bytes, batch, rows};
     w.bytes += aligned_up(batch * p.heads_kv * rows * p.head_dim * element_bytes(p.dtype));
   };
-  add(w.window, p.batch, p.seqlen_k);
+  // Positions may start anywhere; which keys the windows reach does not depend on it.
+  w.first_window_key = window_branch({0, p.seqlen_k}, p.window)
+                           .visible_keys({p.seqlen_k - p.seqlen_q, p.seqlen_k})
+                           .lo;
+  add(w.window, p.batch, p.seqlen_k - w.first_window_key);
   if (own_globals(p)) {
     if (may_have_near(p)) add(w.near, p.batch, p.n_global);
     if (may_have_far(p)) add(w.far, p.batch, p.n_global);
-  } else if (may_have_far(p)) {
-    const int64_t globals = min64(p.n_global, p.seqlen_k);
+    return w;
+  }
+  const int64_t globals = min64(p.n_global, p.seqlen_k);
+  if (may_have_near(p) && w.first_window_key > 0) add(w.near, p.batch, globals);
+  if (may_have_far(p)) {
     w.far_per_row = p.cu_seqlens != nullptr && p.n_sequences * globals > p.seqlen_k;
     const int64_t worlds = p.cu_seqlens != nullptr && !w.far_per_row ? p.n_sequences : p.batch;
     add(w.far, worlds, w.far_per_row ? p.seqlen_k : globals);

@@ -90,13 +90,17 @@ struct Region {
   bool used() const { return batch > 0; }
 };
 
-// Which rotated keys the workspace holds, and where.
+// Which rotated keys the workspace holds, and where: those that some query meets, so that many keys
+// before a few queries cost nothing.
 struct AttnWorkspace {
   Region window, near, far;
-  bool far_per_row = false;  // far keys stand row by row as in k, not by position
+  int64_t first_window_key = 0;  // of k, that the window region starts with
+  bool far_per_row = false;      // far keys stand row by row as in k, not by position
   int64_t bytes = 0;
 };
 AttnWorkspace attn_workspace(const LambdaAttnParams& params);
+
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 inline bool own_globals(const LambdaAttnParams& p) { return p.global_k != nullptr; }
 
