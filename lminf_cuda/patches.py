@@ -19,8 +19,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -82,6 +80,12 @@ def _attend(
             "a patched model has no backward yet: run it under torch.no_grad() or "
             "torch.inference_mode()"
         )
+    first = state.first_on(query.device)
+    if layer.query_scale is not None:
+        positions = torch.arange(query.shape[2], device=query.device)[None]
+        if first is not None:
+            positions = (positions + first[:, None]).clamp(min=0)
+        query = (query * layer.query_scale(positions)[:, None, :, None]).to(query.dtype)
     # The op takes one head dim, whose first dims rotate.
     value_dim = value.shape[-1]
     query, key = layer.arrange(query), layer.arrange(key)
@@ -92,7 +96,6 @@ def _attend(
         x if x.shape[-1] == dim else nn.functional.pad(x, (0, dim - x.shape[-1]))
         for x in (query, key, value)
     )
-    first = state.first_on(query.device)
     options |= layer.options(query.device)
     if state.cache is None:
         out, lse = torch.ops.lminf.lambda_attn.default(
@@ -210,6 +213,10 @@ class _Patch:
             around = vars(config).values() if config is not None else ()
             if config is shared or any(value is shared for value in around):
                 module.config = copy.deepcopy(config, copies)
+        self.cross_attention = list(family.cross_attention_modules(decoder).values())
+        plain = copy.deepcopy(decoder.config) if self.cross_attention else None
+        for module in self.cross_attention:
+            module.config = plain
         if not family.cross_attends:  # where the cross-attention goes on to ask for it
             decoder.config._attn_implementation = ATTENTION_NAME
 
@@ -218,8 +225,10 @@ class _Patch:
             if module is None:
                 continue
             setattr(module, _LAYER_ATTRIBUTE, layer_settings)
+            for name in family.switched_off:
+                self.override(module, name, False)
             if family.forward is not None:
-                forward = functools.partial(family.forward, _attend_in_forward)
+                forward = functools.partial(family.forward, _attend_in_forward, module)
                 self.override(module, "forward", forward)
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
@@ -239,18 +248,20 @@ class _Patch:
 
         for module in model.modules():
             if isinstance(module, GenerationMixin):
-                for name, function in OVERRIDES.items():
-                    self.override(module, name, function)
-                for name in family.plain_methods:
-                    self.override(module, name, getattr(GenerationMixin, name))
+                methods = OVERRIDES | {
+                    name: getattr(GenerationMixin, name) for name in family.plain_methods
+                }
+                for name, function in methods.items():
+                    # not a bound method, which pickle would look up by its name
+                    self.override(module, name, functools.partial(function, module))
             if isinstance(module, GenerationMixin) or module in (model, decoder):
                 setattr(module, SETTINGS_ATTRIBUTE, settings)
         setattr(decoder, _PATCH_ATTRIBUTE, self)
 
-    def override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Lets one instance answer to `name` by `function`."""
+    def override(self, module: nn.Module, name: str, value: Any) -> None:
+        """Lets one instance answer to `name` by `value`."""
         self.overridden.append((module, name, module.__dict__.get(name)))
-        setattr(module, name, MethodType(function, module))
+        setattr(module, name, value)
 
     def remove(self) -> None:
         """Puts everything back."""
@@ -270,6 +281,8 @@ class _Patch:
             if isinstance(module, IdentityRotary):
                 self.decoder.set_submodule(name, module.original)
         self.decoder.config._attn_implementation = self.attn_implementation
+        for module in self.cross_attention:
+            module.config = self.decoder.config
 
     def before_wrapper(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -310,7 +323,7 @@ class _Patch:
                 cache = kwargs["past_key_values"] = new_cache(decoder)
         if cache is not None:
             cache = lambda_cache(decoder, cache)
-            cache.check(self.settings, inputs.shape[0])
+            cache.check(self.settings, *inputs.shape[:2])
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
         state = locate_tokens(
             cache,
@@ -322,6 +335,9 @@ class _Patch:
         if cache is not None:
             assert state.first is not None
             cache.begin(state.first)
+        if self.family.reads_positions and state.first is not None:
+            columns = torch.arange(state.n_tokens, device=state.first.device)
+            kwargs["position_ids"] = (state.first[:, None] + columns).clamp(min=0)
         if self.family.passes_kwargs:
             kwargs["lminf_forward"] = state
         else:
@@ -358,12 +374,23 @@ class _Patch:
             state.cache.commit(state.first, state.n_tokens, state.is_decode)
 
 
+_SLIDING = (None, "sliding_attention", "hybrid_sliding")
+
+
 def _sliding_window(config: Any, layer_idx: int) -> int | None:
     """The window of a layer that slides in the unpatched model, or None."""
     sliding: int | None = getattr(config, "sliding_window", None)
-    if sliding is None or layer_type(config, layer_idx) not in (None, "sliding_attention"):
+    if sliding is None or layer_type(config, layer_idx) not in _SLIDING:
         return None
     return sliding
+
+
+def _chunk(config: Any) -> int | None:
+    """The size of the chunks within which some layers of the unpatched model attend, or None."""
+    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
+        return None
+    chunk: int | None = config.attention_chunk_size
+    return chunk
 
 
 def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
@@ -391,8 +418,15 @@ def _resolve_lengths(
         own = _own_windows(decoder, family)
         if all(length is not None for length in own):
             window = min([window, *filter(None, own)])
+        window = min(window, _chunk(decoder.config) or window)
     _check_setting("n_global", n_global, 0, "")
     _check_setting("window", window, 1, " (the query's own key)")
+    if window > (_chunk(decoder.config) or window):
+        raise ValueError(
+            f"window is {window}, but layers of this {type(decoder).__name__} attend within chunks "
+            f"of {_chunk(decoder.config)} tokens, and beyond its first chunk a longer window is "
+            f"not what they do; pass window={_chunk(decoder.config)} or less"
+        )
     if max_distance is None:
         max_distance = window
     _check_setting("max_distance", max_distance, window, ", the window")
@@ -459,7 +493,11 @@ def _resolve_layers(
         if own is not None and own < window:
             lengths = (0, own, own)
         rope, slopes = family.layer_rope(decoder, index), family.alibi_slopes(module)
-        layers.append(LayerSettings(*lengths, rope, slopes, sources[index]))
+        layers.append(
+            LayerSettings(
+                *lengths, rope, slopes, sources[index], query_scale=family.query_scale(module)
+            )
+        )
     return layers
 
 
@@ -514,6 +552,8 @@ def patch_model(
             *middle,
             family.recurrent_states(decoder),
             cross_attends=family.cross_attends,
+            cross_layers=list(family.cross_attention_modules(decoder)),
+            reads_once=family.reads_once,
         )
         _add_middle(settings)
         _Patch(model, decoder, family, settings)

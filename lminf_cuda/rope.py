@@ -152,7 +152,8 @@ class IdentityRotary(nn.Module):
     def __init__(self, original: Any) -> None:
         super().__init__()
         self.original: nn.Module = original
-        self.config: Any = getattr(original, "config", None)  # by which some models choose
+        for name in ("config", "layer_types"):  # which some models ask it for
+            setattr(self, name, getattr(original, name, None))
         suffix = "_inv_freq"
         layer_types: list[str | None] = [None]
         if _is_per_layer_type(original):

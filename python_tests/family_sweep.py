@@ -42,7 +42,8 @@ from transformers.models.auto.modeling_auto import (
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.cache_layer import recurrent_layers_are_known
-from lminf_cuda.families import FAMILIES, WRAPPERS, asks_interface, find_decoder
+from lminf_cuda.families import FAMILIES, WRAPPERS, find_decoder
+from lminf_cuda.own_forwards import asks_interface
 from lminf_cuda.rope import is_rotary
 
 N_GLOBAL, WINDOW = 3, 12
@@ -75,7 +76,9 @@ _TINY: dict[str, Any] = {
     "linear_value_head_dim": 8,
 }
 _TINY |= dict.fromkeys(("hidden_size", "d_model", "n_embd"), 32)
-_TINY |= dict.fromkeys(("intermediate_size", "ffn_hidden_size", "n_inner"), 48)
+_TINY |= dict.fromkeys(
+    ("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size", "n_inner"), 48
+)
 _TINY |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24)
 _TINY |= dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 4)
 _TINY |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4)
@@ -87,11 +90,16 @@ _TINY_TOWER |= dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "projectio
 _TINY_TOWER |= dict.fromkeys(("num_hidden_layers", "encoder_layers", "num_layers", "depth"), 2)
 _TINY_TOWER |= dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads"), 4)
 _TINY_TOWER |= {"image_size": 32, "patch_size": 8}
+_TINY_TOWER |= dict.fromkeys(("projector_input_dim", "projector_output_dim"), 32)
+_TINY_TOWER |= {"vision_output_dim": 32, "base_channels": 32}
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 # Where a tiny config needs more than that; None leaves the config's own value.
-_LATENT = (*("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"),)
+_LATENT = (
+    *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3"),
+    *("mistral4", "youtu"),
+)
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _SHARING = {"num_hidden_layers": 6, "num_kv_shared_layers": 3} | {
@@ -110,6 +118,40 @@ _MROPE = {
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 _SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _RECURRENT
+    | {"num_key_value_heads": 4, "head_dim": None, "mlp_layer_types": ["dense", "sparse"] * 2},
+    "beam": _ALTERNATING,
+    "cohere_compass_text": _ALTERNATING
+    | {
+        "rope_parameters": {
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+            },
+            "full_attention": None,
+        }
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_top_k": 2},
+    },
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
+    # scales its queries within the text
+    "llama4_text": {"attention_chunk_size": 32, "floor_scale": 8, "attn_scale": 0.5},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "nemotron_h": {"head_dim": 8, "time_step_min": 1e-9},
+    "phi4_multimodal": {
+        "vision_config": _TINY_TOWER | {"num_hidden_layers": 2},
+        "audio_config": _TINY_TOWER
+        | {"num_blocks": 2, "nemo_conv_channels": 8, "ext_pw_out_channel": 32, "input_size": 16},
+    },
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+        "sliding_window": 8,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon": {"head_dim": None},
     "gemma3_text": _ALTERNATING,
@@ -142,6 +184,7 @@ _SPECIAL |= dict.fromkeys(
 _SPECIAL["glm4v_moe_text"] = _MROPE | {"head_dim": 16}
 for _name in _LATENT:
     _SPECIAL[_name] = {"head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 2}
+_SPECIAL["longcat_flash"]["head_dim"] = 4
 
 
 OLDEST = "5.4.0"
@@ -212,7 +255,8 @@ def tiny_wrapper_config(model_type: str) -> Any:
         elif part is not None:
             numbers = [size for size in _TINY_TOWER if isinstance(getattr(part, size, None), int)]
             parts[name] = part.to_diff_dict() | {size: _TINY_TOWER[size] for size in numbers}
-    return AutoConfig.for_model(model_type, **parts, **_TOKENS)
+    extra = {"vocabulary_map": {"<image>": VOCAB - 1}} if model_type == "emu3" else {}
+    return AutoConfig.for_model(model_type, **parts, **_TOKENS, **extra)
 
 
 def tiny(model_type: str) -> Any:
@@ -240,9 +284,13 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def in_pieces(model: Any, ids: torch.Tensor, cache: Any, mask: Any = None) -> torch.Tensor:
-    """Logits of `ids` read with a cache, the model's own by default: two pieces, then by token."""
+    """Logits of `ids` read with a cache, the model's own by default: two pieces, then by token.
+
+    One piece where the model does not take a second one.
+    """
     logits, seen = [], 0
-    for piece in [ids[:, :20], ids[:, 20:37], *ids[:, 37:].split(1, dim=1)]:
+    pieces = [ids[:, :37]] if find_decoder(model)[1].reads_once else [ids[:, :20], ids[:, 20:37]]
+    for piece in [*pieces, *ids[:, 37:].split(1, dim=1)]:
         seen += piece.shape[1]
         piece_mask = None if mask is None else mask[:, :seen]
         output = model(piece, attention_mask=piece_mask, past_key_values=cache, use_cache=True)

@@ -228,6 +228,8 @@ class _Dense:
         layer = self.layers[module.layer_idx]
         group = q.shape[1] // k.shape[1]
         q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
+        # A model may scale its queries by their position, which remains the true one.
+        q = q * (q[:1].norm(dim=-1, keepdim=True) / q.norm(dim=-1, keepdim=True).clamp(min=1e-30))
         index = torch.arange(q.shape[2])
         distance = index[:, None] - index
         far = distance >= layer.max_distance
