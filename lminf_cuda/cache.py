@@ -75,6 +75,7 @@ class LambdaCache(Cache):
         self._batch_size = batch_size
         self._unusable: str | None = None
         self.next_positions: Tensor | None = None  # int64 [B]: tokens of each row so far
+        self.updated_layer = 0  # the one that was last handed new keys
 
     def attention_layers(self) -> list[LambdaCacheLayer]:
         """Those layers that keep keys and values."""
@@ -86,6 +87,16 @@ class LambdaCache(Cache):
     def _cross_layers(self) -> list[Any]:
         """Those that keep the keys of an image."""
         return [self.layers[index] for index in self.settings.cross_layers]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values to a layer, and remembers to which.
+
+        An attention module may serve several layers, and this is the only place that names one.
+        """
+        self.updated_layer = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens seen, padding included; of an image's layer, its keys."""

@@ -221,7 +221,7 @@ def layer_type(config: Any, index: int) -> str | None:
 
 
 def _is_transformers_attention(module: Any) -> bool:
-    return isinstance(getattr(module, "layer_idx", None), int) and any(
+    return hasattr(module, "layer_idx") and any(
         cls.__module__.startswith("transformers.models.") for cls in type(module).__mro__
     )
 
@@ -390,8 +390,21 @@ FAMILIES: dict[str, Family] = {
         ),
         is_recurrent=True,
     ),
+    "moshi": Family(rotary=lambda decoder, index: decoder.layers[index].self_attn.rotary_emb),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
     **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
+    # A few attention modules, each of which serves several layers.
+    "zamba": Family(
+        attention=("shared_transf.self_attn",),
+        uses_rope=lambda attention: False,
+        is_recurrent=True,
+        reads_once=True,
+    ),
+    "zamba2": Family(
+        attention=("shared_transformer.self_attn",),
+        uses_rope=lambda attention: bool(attention.config.use_mem_rope),
+        is_recurrent=True,
+    ),
 }
 
 # Of these only the decoder's self-attention is replaced: the encoder is not causal.

@@ -116,8 +116,8 @@ def _attend(
                 k_start=first,
             )
     else:
-        index = module.layer_idx if layer.keys_of is None else layer.keys_of
-        cache_layer = state.cache.layers[index]  # type: ignore[index]
+        index = state.cache.updated_layer if layer.keys_of is None else layer.keys_of
+        cache_layer = state.cache.layers[index]
         attend = cache_layer.decode if state.is_decode else cache_layer.extend
         out = attend(query, key, value, first, options)  # type: ignore[arg-type]
     return out[..., :value_dim].transpose(1, 2).contiguous()

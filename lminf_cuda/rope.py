@@ -163,16 +163,16 @@ class IdentityRotary(nn.Module):
         self._outputs = {kind: _identity(original, kind)[0] for kind in layer_types}
 
     def forward(
-        self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None, **_: Any
     ) -> Any:
-        """What the original returns for position 0, unscaled, for states x [..., B, S, hidden].
+        """What the original returns for position 0, unscaled.
 
-        [B, S, any] or [3, B, S, any] each, in x's dtype where real.
+        For position_ids [..., B, S]: [B, S, any] or [3, B, S, any] each, in x's dtype where real.
         """
 
         def spread(part: Tensor) -> Tensor:
             part = part.to(x.device) if part.is_complex() else part.to(x)
-            return part.expand(*part.shape[:-3], *x.shape[-3:-1], -1)
+            return part.expand(*part.shape[:-3], *position_ids.shape[-2:], -1)
 
         out = self._outputs[layer_type if layer_type in self._outputs else None]
         return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)

@@ -141,12 +141,17 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     # scales its queries within the text
     "llama4_text": {"attention_chunk_size": 32, "floor_scale": 8, "attn_scale": 0.5},
     "mllama_text_model": {"cross_attention_layers": [1]},
+    "moshi": {"sliding_window": None},
     "nemotron_h": {"head_dim": 8, "time_step_min": 1e-9},
     "phi4_multimodal": {
         "vision_config": _TINY_TOWER | {"num_hidden_layers": 2},
         "audio_config": _TINY_TOWER
         | {"num_blocks": 2, "nemo_conv_channels": 8, "ext_pw_out_channel": 32, "input_size": 16},
     },
+    "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "hybrid"]}
+    | {"attention_head_dim": 16, "num_key_value_heads": 4},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "use_mem_rope": True}
+    | {"time_step_min": 1e-9},
     "zaya": {
         "num_experts_per_tok": 1,
         "layer_types": ["hybrid", "hybrid_sliding"] * 2,

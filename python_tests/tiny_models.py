@@ -225,7 +225,10 @@ class _Dense:
         slopes: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        layer = self.layers[module.layer_idx]
+        # A module that serves several layers, which are alike, has no index or -1.
+        layers = [layer for layer in self.layers if layer is not None]
+        index = module.layer_idx
+        layer = layers[0] if index in (None, -1) else self.layers[index]
         group = q.shape[1] // k.shape[1]
         q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
         # A model may scale its queries by their position, which remains the true one.
