@@ -190,6 +190,15 @@ _SPECIAL["glm4v_moe_text"] = _MROPE | {"head_dim": 16}
 for _name in _LATENT:
     _SPECIAL[_name] = {"head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 2}
 _SPECIAL["longcat_flash"]["head_dim"] = 4
+# They scale their queries within the text.
+for _name in ("ministral3", "mistral4"):
+    _SPECIAL.setdefault(_name, {})["rope_parameters"] = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.3,
+    }
 
 
 OLDEST = "5.4.0"
@@ -264,8 +273,13 @@ def tiny_wrapper_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **parts, **_TOKENS, **extra)
 
 
+# Causal LMs that no Auto class builds: the language models of some in WRAPPERS.
+_WITHOUT_AUTO = {"mistral4": "Mistral4ForCausalLM"}
+
+
 def tiny(model_type: str) -> Any:
     """A random model of the type, in float32."""
+    build: Any
     config: Any
     if model_type in WRAPPERS:
         seen = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -273,13 +287,16 @@ def tiny(model_type: str) -> Any:
         config = tiny_wrapper_config(model_type)
     else:
         build, config = AutoModelForCausalLM, tiny_config(model_type)
+    from_config = build.from_config
+    if model_type in _WITHOUT_AUTO:
+        from_config = getattr(transformers, _WITHOUT_AUTO[model_type])._from_config
     with torch.device("meta"):
-        shape = build.from_config(config, attn_implementation="eager")
+        shape = from_config(config, attn_implementation="eager")
     size = sum(parameter.numel() for parameter in shape.parameters())
     if size > 10_000_000:
         raise ValueError(f"the tiny config has {size} parameters; name its sizes in _SPECIAL")
     torch.manual_seed(0)
-    return randomize(build.from_config(config, attn_implementation="eager"), 1.0)
+    return randomize(from_config(config, attn_implementation="eager"), 1.0)
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -411,8 +428,9 @@ def all_wrappers() -> list[str]:
 
 
 def all_types() -> list[str]:
-    """The model types of AutoModelForCausalLM."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """The model types of AutoModelForCausalLM, and those that it leaves out."""
+    left_out = (name for name, cls in _WITHOUT_AUTO.items() if hasattr(transformers, cls))
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *left_out})
 
 
 _UPSTREAM = """\
