@@ -51,6 +51,7 @@ def falcon_forward(
     layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
+    """Falcon's, in all its versions of grouped heads."""
     q, k, v = module._split_heads(module.query_key_value(hidden_states))  # [B, S, heads, D]
     if module.new_decoder_architecture:  # which repeats each key head for its query heads
         step = module.num_heads // module.num_kv_heads
@@ -68,6 +69,7 @@ def gptj_forward(
     layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
+    """GPT-J's."""
     heads = (*hidden_states.shape[:2], module.num_attention_heads, module.head_dim)
     q, k, v = (
         project(hidden_states).view(heads).transpose(1, 2)
@@ -85,6 +87,7 @@ def mpt_forward(
     past_key_values: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
+    """MPT's."""
     qkv = module.Wqkv(hidden_states)
     if module.clip_qkv:
         qkv = qkv.clamp(-module.clip_qkv, module.clip_qkv)
@@ -102,6 +105,7 @@ def bloom_forward(
     layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
+    """Bloom's, which adds the residual itself."""
     q, k, v = module._reshape(module.query_key_value(hidden_states))
     out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
     return residual + module.dense(out), None
@@ -115,8 +119,8 @@ def codegen_forward(
     layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
+    """CodeGen's, whose projections stand in the order of the four devices it was trained on."""
     batch, n_tokens = hidden_states.shape[:2]
-    # Four shards, each with the queries, values and keys of its heads.
     qvk = module.qkv_proj(hidden_states).view(batch, n_tokens, 4, 3, -1)
     heads = (batch, n_tokens, module.num_attention_heads, module.head_dim)
     q, v, k = (x.reshape(heads).transpose(1, 2) for x in qvk.unbind(3))
@@ -132,6 +136,7 @@ def gpt_neox_japanese_forward(
     layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None, Tensor | None]:
+    """GPT-NeoX-Japanese's, which hands its bias on to the layer."""
     qkv = module.query_key_value(hidden_states).unflatten(-1, (module.num_attention_heads, -1))
     q, k, v = (x.transpose(1, 2) for x in qkv.chunk(3, dim=-1))
     out = attend(module, q, k, v, layer_past, module.head_size**-0.5)
@@ -217,6 +222,7 @@ def falcon_slopes(module: Any) -> Tensor | None:
 
 
 def mpt_slopes(module: Any) -> Tensor:
+    """Those of the next power of two, every second first."""
     heads = module.n_heads
     above = 2 ** math.ceil(math.log2(heads))
     slopes = _powers(above, 8)
@@ -224,6 +230,7 @@ def mpt_slopes(module: Any) -> Tensor:
 
 
 def gptj_rope(module: Any) -> Rope:
+    """The rotation that GPT-J and CodeGen look up in a table of sines."""
     dim = module.pos_embd_dim
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     return Rope(inv_freq, interleaved=True)

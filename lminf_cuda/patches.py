@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,7 @@ ATTENTION_NAME = "lminf"
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
 _LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
 _STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
+_WRAPPED_FORWARD = "_old_forward"  # of a module with accelerate's hooks: the forward in them
 
 
 def _attend(
@@ -220,7 +222,8 @@ class _Patch:
         if not family.cross_attends:  # where the cross-attention goes on to ask for it
             decoder.config._attn_implementation = ATTENTION_NAME
 
-        self.overridden: list[tuple[nn.Module, str, Any]] = []  # with what the instance had
+        # With what the instance had, and what it has now.
+        self.overridden: list[tuple[nn.Module, str, Any, Any]] = []
         for module, layer_settings in zip(modules, settings.layers, strict=True):
             if module is None:
                 continue
@@ -260,14 +263,22 @@ class _Patch:
 
     def override(self, module: nn.Module, name: str, value: Any) -> None:
         """Lets one instance answer to `name` by `value`."""
-        self.overridden.append((module, name, module.__dict__.get(name)))
+        if name == "forward" and _WRAPPED_FORWARD in module.__dict__:
+            name = _WRAPPED_FORWARD  # so that accelerate's hooks go on around it
+        self.overridden.append((module, name, module.__dict__.get(name), value))
         setattr(module, name, value)
 
     def remove(self) -> None:
         """Puts everything back."""
         for hook in self.hooks:
             hook.remove()
-        for module, name, before in self.overridden:
+        for module, name, before, value in self.overridden:
+            # A forward may have been wrapped since, or taken out of a wrapper.
+            if name in ("forward", _WRAPPED_FORWARD):
+                is_wrapped = module.__dict__.get(_WRAPPED_FORWARD) is value
+                name = _WRAPPED_FORWARD if is_wrapped else "forward"
+                if is_wrapped and before is None:
+                    before = MethodType(type(module).forward, module)
             if before is None:
                 delattr(module, name)
             else:

@@ -140,6 +140,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     # scales its queries within the text
     "llama4_text": {"attention_chunk_size": 32, "floor_scale": 8, "attn_scale": 0.5},
+    "mllama_vision_model": {"intermediate_layers_indices": [0], "vision_output_dim": 64},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "moshi": {"sliding_window": None},
     "nemotron_h": {"head_dim": 8, "time_step_min": 1e-9},
@@ -268,7 +269,8 @@ def tiny_wrapper_config(model_type: str) -> Any:
             parts[name] = tiny_config(text.model_type).to_dict()
         elif part is not None:
             numbers = [size for size in _TINY_TOWER if isinstance(getattr(part, size, None), int)]
-            parts[name] = part.to_diff_dict() | {size: _TINY_TOWER[size] for size in numbers}
+            sizes = {size: _TINY_TOWER[size] for size in numbers}
+            parts[name] = part.to_diff_dict() | sizes | _SPECIAL.get(part.model_type, {})
     extra = {"vocabulary_map": {"<image>": VOCAB - 1}} if model_type == "emu3" else {}
     return AutoConfig.for_model(model_type, **parts, **_TOKENS, **extra)
 

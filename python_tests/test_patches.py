@@ -138,7 +138,7 @@ def test_window_beyond_a_chunk_is_refused() -> None:
     model = tiny_model("llama4_text")
     ids = tokens(1, 60)
     expected = model(ids).logits
-    with pytest.raises(ValueError, match="window is 41, but layers.*chunks of 40.*window=40"):
+    with pytest.raises(ValueError, match=r"window is 41, but layers.*chunks of 40.*window=40"):
         patch_model(model, window=41)
     assert torch.equal(model(ids).logits, expected)
     # nothing is in chunks where no layer is
