@@ -18,6 +18,7 @@ Anything else that patch_model takes is wrong. What it does not take is refused 
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import traceback
@@ -134,7 +135,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_top_k": 2},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_top_k": 2},
     },
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
@@ -190,7 +191,8 @@ _SPECIAL |= dict.fromkeys(
 _SPECIAL["glm4v_moe_text"] = _MROPE | {"head_dim": 16}
 for _name in _LATENT:
     _SPECIAL[_name] = {"head_dim": None, "num_key_value_heads": 4, "num_experts_per_tok": 2}
-_SPECIAL["longcat_flash"]["head_dim"] = 4
+_SPECIAL["longcat_flash"] |= {"head_dim": 4, "num_layers": 2, "expert_ffn_hidden_size": 24}
+_SPECIAL["longcat_flash"] |= {"zero_expert_num": 2, "moe_topk": 2}
 # They scale their queries within the text.
 for _name in ("ministral3", "mistral4"):
     _SPECIAL.setdefault(_name, {})["rope_parameters"] = {
@@ -208,7 +210,7 @@ NOT_IN_OLDEST = {
     *("falcon_h1", "fuyu", "gemma3n_text", "granite_speech", "granitemoehybrid", "lfm2"),
     *("lfm2_moe", "lfm2_vl", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
     *("olmoe", "phimoe", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-    *("qwen3_next",),
+    *("jamba", "moshi", "nemotron_h", "qwen3_next", "zamba", "zamba2"),
 }
 
 # Types whose shape does not tell why they are refused.
@@ -238,9 +240,13 @@ _REASONS |= dict.fromkeys(("zamba", "zamba2"), "attention modules that several l
 _REASONS |= {"gemma4_assistant": "drafts from the keys of another model"}
 
 
-def tiny_config(model_type: str) -> Any:
-    """A config of a few thousand parameters; sliding layers slide over 8 tokens."""
-    default = AutoConfig.for_model(model_type)
+def tiny_config(model_type: str, build: Any = None) -> Any:
+    """A config of a few thousand parameters; sliding layers slide over 8 tokens.
+
+    `build` makes it where AutoConfig does not know the type.
+    """
+    build = build or functools.partial(AutoConfig.for_model, model_type)
+    default = build()
     sizes = {}
     for name, value in _TINY.items():
         try:
@@ -255,7 +261,7 @@ def tiny_config(model_type: str) -> Any:
         for name, value in (sizes | _TOKENS | special).items()
         if value is not None or name in _TOKENS
     }
-    return AutoConfig.for_model(model_type, **sizes)
+    return build(**sizes)
 
 
 def tiny_wrapper_config(model_type: str) -> Any:
@@ -266,7 +272,7 @@ def tiny_wrapper_config(model_type: str) -> Any:
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if part is text:
-            parts[name] = tiny_config(text.model_type).to_dict()
+            parts[name] = tiny_config(text.model_type, type(text)).to_dict()
         elif part is not None:
             numbers = [size for size in _TINY_TOWER if isinstance(getattr(part, size, None), int)]
             sizes = {size: _TINY_TOWER[size] for size in numbers}

@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_layers": 2,
             "max_seq_len": TRAINED,
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
-            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_top_k": 2},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_top_k": 2},
         },
     ),
     "diffllama": ("diffllama", {"head_dim": 8}),
