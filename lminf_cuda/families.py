@@ -423,7 +423,7 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
 # Models around a language model of FAMILIES, which also see or hear.
 WRAPPERS: tuple[str, ...] = (
     *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5"),
-    *("cohere_compass", "emu3", "llama4", "mllama"),
+    *("cohere_compass", "emu3", "gemma3n", "llama4", "mllama"),
     *("fuyu", "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "glmasr"),
     *("got_ocr2", "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2"),
     *("idefics3", "internvl", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),

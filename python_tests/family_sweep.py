@@ -169,6 +169,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     | {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2}
     | {"head_dim": 12, "num_key_value_heads": 4, "num_expert_group": 1},
     "gemma3n_text": _SHARING,
+    "gemma3n_audio": {"conf_num_hidden_layers": 1},
     "gemma4_text": _SHARING | {"head_dim": 8, "global_head_dim": 16},
     "gemma4_unified_text": _SHARING | {"head_dim": 8, "global_head_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
@@ -210,7 +211,7 @@ NOT_IN_OLDEST = {
     *("falcon_h1", "fuyu", "gemma3n_text", "granite_speech", "granitemoehybrid", "lfm2"),
     *("lfm2_moe", "lfm2_vl", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
     *("olmoe", "phimoe", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-    *("jamba", "moshi", "nemotron_h", "qwen3_next", "zamba", "zamba2"),
+    *("gemma3n", "jamba", "moshi", "nemotron_h", "qwen3_next", "zamba", "zamba2"),
 }
 
 # Types whose shape does not tell why they are refused.
@@ -278,7 +279,13 @@ def tiny_wrapper_config(model_type: str) -> Any:
             sizes = {size: _TINY_TOWER[size] for size in numbers}
             parts[name] = part.to_diff_dict() | sizes | _SPECIAL.get(part.model_type, {})
     extra = {"vocabulary_map": {"<image>": VOCAB - 1}} if model_type == "emu3" else {}
-    return AutoConfig.for_model(model_type, **parts, **_TOKENS, **extra)
+    config = AutoConfig.for_model(model_type, **parts, **_TOKENS, **extra)
+    if model_type == "gemma3n":  # whose own tower needs a package that nothing else here does
+        tower = AutoConfig.for_model("siglip_vision_model", **_TINY_TOWER, num_channels=3)
+        names = ("vocab_size", "vocab_offset", "rms_norm_eps")
+        vars(tower).update({name: getattr(config.vision_config, name) for name in names})
+        vars(config)["vision_config"] = tower
+    return config
 
 
 # Causal LMs that no Auto class builds: the language models of some in WRAPPERS.
