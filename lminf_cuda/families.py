@@ -53,8 +53,10 @@ class Family:
     """Where a model type differs from Llama.
 
     Attributes:
-        layers: the decoder's attribute that holds its layers.
+        layers: the path from the decoder to its layers.
         attention: the paths from a layer to its attention modules, mostly one.
+        modules: of a decoder: its attention modules in the order of their layers in a cache, where
+            these two do not tell.
         interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
         backwards: rotates by minus the position.
         rotates_last: the last R dims of a head rotate instead of the first ones.
@@ -83,6 +85,7 @@ class Family:
 
     layers: str = "layers"
     attention: tuple[str, ...] = ("self_attn",)
+    modules: Callable[[Any], list[Any]] | None = None
     interleaved: bool = False
     backwards: bool = False
     rotates_last: bool = False
@@ -117,12 +120,14 @@ class Family:
 
         None stands for a layer without self-attention.
         """
+        if self.modules is not None:
+            return self.modules(decoder)
         return [
             None
             if layer_type(decoder.config, index) in _WITHOUT_ATTENTION
             or (self.cross_attention is not None and hasattr(layer, self.cross_attention))
             else _descendant(layer, path)
-            for index, layer in enumerate(getattr(decoder, self.layers))
+            for index, layer in enumerate(_descendant(decoder, self.layers))
             for path in self.attention
         ]
 
@@ -141,7 +146,7 @@ class Family:
         n_states = getattr(config, "number_of_conv_states", 1)
         states = [
             n_states if layer_type(config, index) in _RECURRENT else 0
-            for index in range(len(getattr(decoder, self.layers)))
+            for index in range(len(_descendant(decoder, self.layers)))
         ]
         return states if any(states) else []
 
@@ -181,7 +186,7 @@ class Family:
 
     def fits(self, decoder: Any) -> bool:
         """Whether a module has the attributes that this family's decoder has."""
-        layers = getattr(decoder, self.layers, None)
+        layers = _descendant(decoder, self.layers)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             return False
         if not hasattr(decoder, "config"):
@@ -259,6 +264,13 @@ def _type_has_rope(module: Any) -> bool:
     """Where each type of layer has its own rotary parameters, or none."""
     config = module.config
     return config.rope_parameters[config.layer_types[module.layer_idx]] is not None
+
+
+def _hrm_modules(decoder: Any) -> list[Any]:
+    """A low stack that runs several times, then a high one, and that several times."""
+    cycle = [decoder.L_module] * decoder.config.L_cycles + [decoder.H_module]
+    stacks = cycle * decoder.config.H_cycles
+    return [layer.self_attn for stack in stacks for layer in stack.layers]
 
 
 def _has_theta(module: Any) -> bool:
@@ -344,6 +356,7 @@ FAMILIES: dict[str, Family] = {
         forward=gptj_forward,
         passes_kwargs=False,
     ),
+    "hrm_text": Family(layers="L_module.layers", modules=_hrm_modules),
     "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True, reads_once=True),
     "jetmoe": Family(attention=("self_attention",)),
     "llama4_text": Family(

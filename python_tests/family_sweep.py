@@ -44,8 +44,6 @@ from transformers.models.auto.modeling_auto import (
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.cache_layer import recurrent_layers_are_known
 from lminf_cuda.families import FAMILIES, WRAPPERS, find_decoder
-from lminf_cuda.own_forwards import asks_interface
-from lminf_cuda.rope import is_rotary
 
 N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5
@@ -214,31 +212,33 @@ NOT_IN_OLDEST = {
     *("gemma3n", "jamba", "moshi", "nemotron_h", "qwen3_next", "zamba", "zamba2"),
 }
 
-# Types whose shape does not tell why they are refused.
-_REASONS = {
-    "mamba2": "no attention",
-    "recurrent_gemma": "attention code of its own, which slides already",
-    "reformer": "attention code of its own",
-    "xlnet": "attention code of its own",
-    "xlstm": "no attention",
-    "beam": "queries scaled by their absolute position where nothing rotates",
-    "diffllama": "attends twice with one cache",
-    "doge": "a mask computed from the values",
-    "hrm_text": "stacks that run several times",
-    "longcat_flash": "two attention modules a layer",
+# Why the others are refused.
+_REFUSED = {
+    "absolute positions, learned or of sines": (
+        *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt"),
+        *("blenderbot", "blenderbot-small", "camembert", "ctrl", "data2vec-text", "electra"),
+        *("ernie", "git", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "marian", "mbart"),
+        *("megatron-bert", "musicgen", "musicgen_melody", "mvp", "openai-gpt", "opt", "pegasus"),
+        *("plbart", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+        *("trocr", "whisper", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    ),
+    "no attention": ("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
+    "keys chosen by an indexer": (
+        *("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"),
+        *("minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text"),
+    ),
+    "keys that stand for many tokens each": ("deepseek_v4",),
+    "keys chosen by hashes": ("reformer",),
+    "keys of another model": ("gemma4_assistant", "gemma4_unified_assistant"),
+    "scores with a bias that depends on the query": ("inkling2_text", "inkling_text", "xlnet"),
+    "a mask computed from the values": ("doge",),
+    "tokens that see what follows them, and biases that differ by segment": ("cpmant",),
+    "slides already in all layers, with keys kept in the layers themselves": ("recurrent_gemma",),
+    "linear attention that wants a cache class of its own": ("minimax",),
+    "rotates by a table that ends, in attention code of its own": ("roformer",),
+    "several decoders, over bytes and over groups of them": ("blt",),
 }
-_REASONS |= dict.fromkeys(
-    ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "minimax_m3_vl_text"),
-    "keys chosen by an indexer",
-)
-_REASONS |= dict.fromkeys(
-    ("gpt_neo", "plbart", "prophetnet", "whisper"), "learned absolute positions"
-)
-_REASONS |= dict.fromkeys(
-    ("jamba", "nemotron_h"), "recurrent layers that forget what they read when more is read"
-)
-_REASONS |= dict.fromkeys(("zamba", "zamba2"), "attention modules that several layers share")
-_REASONS |= {"gemma4_assistant": "drafts from the keys of another model"}
+_REASONS = {name: reason for reason, names in _REFUSED.items() for name in names}
 
 
 def tiny_config(model_type: str, build: Any = None) -> Any:
@@ -387,33 +387,10 @@ def check(model_type: str) -> str:
     return ""
 
 
-def why_refused(model_type: str) -> str:
-    """What keeps a type that is not in FAMILIES from it, as far as its shape tells."""
-    if model_type in _REASONS:
-        return _REASONS[model_type]
-    if getattr(type(AutoConfig.for_model(model_type)), "sub_configs", None):
-        return "several models in one"
-    try:
-        config = tiny_config(model_type)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except Exception:
-        return "not looked into: the tiny config does not suit it"
-    types = set(getattr(config, "layer_types", None) or ())
-    if unknown := types - {"full_attention", "sliding_attention"}:
-        return f"layers of {', '.join(sorted(unknown))}"
-    modules = list(model.modules())
-    if not any(is_rotary(module) for module in modules):
-        return "no rotary embedding, and no ALiBi that a patch knows"
-    if not any(asks_interface(module) for module in modules):
-        return "attention code of its own"
-    return "layers of several kinds"
-
-
 def verdict(model_type: str, verbose: bool = False) -> tuple[str, str]:
     """ "worked", "refused", "wrong" or "not built", and what there is to say."""
     if model_type not in FAMILIES and model_type not in WRAPPERS:
-        return "refused", why_refused(model_type)
+        return "refused", _REASONS.get(model_type, "not looked into")
     if (
         model_type in FAMILIES
         and FAMILIES[model_type].is_recurrent
@@ -453,10 +430,18 @@ _UPSTREAM = """\
 
 - falcon with `alibi=True` and eager attention: its bias is in the mask and added to the scores
   again, so that it counts twice (5.23). sdpa counts it once, and so does a patch.
-- jamba, nemotron_h: a text read in several pieces of several tokens with transformers' own cache
-  gives other logits than read at once (5.23), so they are refused.
-- gptj, mpt: unpatched, a text beyond `n_positions` or `max_seq_len` raises an error in a table
-  look-up or an addition of two shapes. Patched, neither table is read.
+- jamba, zamba: a text read in several pieces of several tokens with transformers' own cache gives
+  other logits than read at once (5.23), since the recurrent layers start again. A patch refuses the
+  second piece; single tokens may follow.
+- nemotron_h, zamba2: a forward of several tokens bounds the time step from below by
+  `time_step_min`, one of a single token does not (5.23), so that the two differ where it falls
+  below. A patch leaves recurrent layers as they are.
+- moshi: slides over `sliding_window` with transformers' own cache, and not without one (5.23). A
+  patch always does.
+- longcat_flash, llama4_text: with the offloading of accelerate 1.15 the first gives other logits
+  and the second an error, unpatched, too.
+- codegen, gptj, mpt: unpatched, a text beyond `n_positions` or `max_seq_len` raises an error in a
+  table look-up or an addition of two shapes. Patched, neither table is read.
 - 5.4 with a new huggingface_hub: the default configs of cohere2, ernie4_5, ernie4_5_moe, olmo,
   olmo2, olmo3, olmoe and phimoe are refused (StrictDataclassFieldValidationError: a bool where an
   int is declared).

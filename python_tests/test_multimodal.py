@@ -140,7 +140,9 @@ def test_tokens_that_see_ahead_are_refused() -> None:
     expected = model(ids).logits
     torch.testing.assert_close(model(ids, token_type_ids=types).logits, expected)
     types[:, 5:9] = 1
-    with pytest.raises(ValueError, match=r"tokens of an image see what follows.*unpatch_model"):
+    with pytest.raises(
+        ValueError, match=r"tokens of an image or of a prefix see what follows.*unpatch_model"
+    ):
         model(ids, token_type_ids=types)
 
 
