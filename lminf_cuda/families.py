@@ -280,7 +280,7 @@ def _has_theta(module: Any) -> bool:
 _PLAIN = (
     *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
     *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
-    *("gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+    *("gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
     *("emu3_text_model", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
@@ -289,10 +289,20 @@ _PLAIN = (
 )
 # Language models in WRAPPERS that place images in three dims, and texts like any other.
 _MROPE = (
-    *("glm4v_moe_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text"),
-    *("qwen3_vl_text",),
+    *("cosmos3_edge_text", "glm4v_moe_text", "paddleocr_vl_text", "qwen2_5_omni_text"),
+    *("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text"),
+    "qwen3_vl_text",
 )
-_INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "glm4v_text", "helium")
+_INTERLEAVED = (
+    "cohere",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "glm",
+    "glm4",
+    "glm4v_text",
+    "glm_ocr_text",
+    "helium",
+)
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
 _LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 
@@ -436,7 +446,9 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
 # Models around a language model of FAMILIES, which also see or hear.
 WRAPPERS: tuple[str, ...] = (
     *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5"),
-    *("cohere_compass", "emu3", "gemma3n", "llama4", "mllama"),
+    *("cohere_compass", "cosmos3_edge", "cosmos3_omni", "emu3", "gemma3n", "glm46v", "glm_ocr"),
+    *("glmga", "granite_docling", "janus", "llama4", "mllama", "paddleocr_vl"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("fuyu", "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "glmasr"),
     *("got_ocr2", "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2"),
     *("idefics3", "internvl", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
