@@ -110,8 +110,7 @@ def test_layers_that_attend_to_an_image_stay_as_they_are() -> None:
         got = [model(ids[:, :20], past_key_values=cache, **first).logits]
         cache.reorder_cache(torch.tensor(rows))
         for end in (30, *range(31, 41)):
-            start = cache.get_seq_length()
-            piece, mask = ids[rows, start:end], sees[:, start:end]
+            piece, mask = ids[rows, cache.get_seq_length() : end], sees[:, :end]
             output = model(piece, past_key_values=cache, cross_attention_mask=mask)
             got.append(output.logits)
         assert cache.memory_bytes() > 0
