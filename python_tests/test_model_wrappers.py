@@ -154,9 +154,10 @@ def test_pickle_stands_alone(name: str) -> None:
     assert torch.equal(vanilla, build(name)(tokens(1, 40)).logits)
 
 
-def test_pickle_in_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "llama4_text"])
+def test_pickle_in_another_process(name: str, tmp_path: Path) -> None:
     """A cache goes with its model, and is refused by the first one that is patched there."""
-    model = patch_model(build("llama4_text"), **SETTINGS)
+    model = patch_model(build(name), **SETTINGS)
     ids = tokens(1, 40)
     cache = LambdaCache(model)
     model(ids[:, :30], past_key_values=cache)

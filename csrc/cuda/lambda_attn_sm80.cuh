@@ -43,23 +43,43 @@ struct AttnTraits {
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
 };
 
+// Starts the copies of a tile's keys and values; rows that no query sees become zeros. A thread
+// goes down one column of chunks, or where the threads are no whole rows, from piece to piece.
 template <typename Traits, int kKeys>
 LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, int64_t position,
                              int head_dim, typename Traits::KeyTile k_tile,
                              typename Traits::KeyTile v_tile) {
+  using T = typename Traits::Element;
   using Tile = typename Traits::KeyTile;
-  constexpr int kPieces = kKeys * Tile::kChunks;
+  const int thread = recomputed(static_cast<int>(threadIdx.x));
+  const int first = static_cast<int>(max64(plan.visible.lo - position, 0));
+  const int end = static_cast<int>(min64(plan.visible.hi - position, kKeys));
+  const int64_t k_stride = plan.k_stride, v_stride = plan.v_stride;
+  const T* k = plan.k + (position - plan.k_origin) * k_stride;
+  const T* v = plan.v + (position - plan.v_origin) * v_stride;
+  if constexpr (Traits::kThreads % Tile::kChunks == 0) {
+    constexpr int kStep = Traits::kThreads / Tile::kChunks;
+    static_assert(kKeys % kStep == 0, "every thread has as many rows");
+    const int first_row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const bool in_head = chunk * Tile::kChunk < head_dim;
+    k += first_row * k_stride + chunk * Tile::kChunk;
+    v += first_row * v_stride + chunk * Tile::kChunk;
 #pragma unroll
-  for (int piece = recomputed(static_cast<int>(threadIdx.x)); piece < kPieces;
-       piece += Traits::kThreads) {
-    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
-    const int64_t j = position + row;
-    const bool there =
-        j >= plan.visible.lo && j < plan.visible.hi && chunk * Tile::kChunk < head_dim;
-    const int64_t k_offset = (j - plan.k_origin) * plan.k_stride + chunk * Tile::kChunk;
-    const int64_t v_offset = (j - plan.v_origin) * plan.v_stride + chunk * Tile::kChunk;
-    ptx::copy_async(k_tile.address(row, chunk), there ? plan.k + k_offset : plan.k, there);
-    ptx::copy_async(v_tile.address(row, chunk), there ? plan.v + v_offset : plan.v, there);
+    for (int row = first_row; row < first_row + kKeys; row += kStep) {
+      const bool there = in_head && row >= first && row < end;
+      ptx::copy_async(k_tile.address(row, chunk), k, there);
+      ptx::copy_async(v_tile.address(row, chunk), v, there);
+      k += kStep * k_stride;
+      v += kStep * v_stride;
+    }
+  } else {
+#pragma unroll
+    for (int piece = thread; piece < kKeys * Tile::kChunks; piece += Traits::kThreads) {
+      const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+      const bool there = row >= first && row < end && chunk * Tile::kChunk < head_dim;
+      ptx::copy_async(k_tile.address(row, chunk), k + row * k_stride + chunk * Tile::kChunk, there);
+      ptx::copy_async(v_tile.address(row, chunk), v + row * v_stride + chunk * Tile::kChunk, there);
+    }
   }
 }
 
@@ -99,14 +119,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const TileRanges& tiles = block[0].branches[branch].tiles;
     return static_cast<int>(tiles.end - tiles.begin);
   };
-  const int far_end = visits_of(kFar);
-  const int near_end = far_end + visits_of(kNear);
+  auto far_end = [&] { return visits_of(kFar); };  // read when needed: a register less
+  const int near_end = far_end() + visits_of(kNear);
   const int visits = near_end + visits_of(kWindow);
   auto branch_of = [&](int visit) -> const BranchPlan<T>& {
-    return block[0].branches[visit < far_end ? kFar : visit < near_end ? kNear : kWindow];
+    return block[0].branches[visit >= near_end ? kWindow : visit >= far_end() ? kNear : kFar];
   };
   auto tile_of = [&](int visit) {
-    const int first = visit < far_end ? 0 : visit < near_end ? far_end : near_end;
+    const int first = visit >= near_end ? near_end : visit >= far_end() ? far_end() : 0;
     return branch_of(visit).tiles.begin + visit - first;
   };
   auto issue = [&](int visit) {
@@ -146,7 +166,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     ptx::copy_async_commit();
 
     const int64_t first_query = block[0].tile.positions.lo + recomputed(warp_row);
-    if (visit == far_end && p.rope.rotary_dim > 0) {
+    if (visit == far_end() && p.rope.rotary_dim > 0) {
       rotate_tile_rows(q_tile, p.rope, warp_row, Traits::kWarpRows, first_query, -kUnbounded, lane);
       __syncwarp();
     }
