@@ -22,6 +22,7 @@ from torch import Tensor, nn
 __all__ = [
     "IdentityRotary",
     "Rope",
+    "follow_wrapped",
     "is_rotary",
     "let_unrotated_pass",
     "snapshot_rope",
@@ -191,6 +192,19 @@ def let_unrotated_pass(attention_types: Iterable[type], cos_sin: Any) -> bool:
         if not hasattr(rotate, _PASSES):
             known[name] = _passing(rotate, n_tensors)
     return True
+
+
+def follow_wrapped(module: nn.Module) -> None:
+    """Replaces the functions that a module keeps, and `let_unrotated_pass` has wrapped since.
+
+    In old versions of transformers an attention module keeps the one it rotates by, and pickle,
+    which finds functions by their names, would find another one.
+    """
+    for name, kept in list(vars(module).items()):
+        if inspect.isfunction(kept):
+            known: Any = getattr(sys.modules.get(kept.__module__), kept.__name__, None)
+            if hasattr(known, _PASSES) and inspect.unwrap(known) is inspect.unwrap(kept):
+                setattr(module, name, known)
 
 
 def _only_rotates(rotate: Callable[..., Any], n_tensors: int, cos_sin: Any) -> bool:
