@@ -86,7 +86,10 @@ def test_info_plan_shows_which_kernels_serve_a_shape():
     assert re.search(rf"lambda_attn {lminf_cuda.ops.cpu_isa()} .*lambda_decode", output)
     code, output = lminf("info", "--plan", "--capability", 80, "--no-rope", *shape)
     assert code == 0
-    assert re.search(r"lambda_attn sm80 128 64 1 16 128 49,792 0 lambda_decode sm80 16 16", output)
+    assert re.search(r"lambda_attn sm80 128 64 1 no 16 128 49,792 0 lambda_decode sm80 16", output)
+    code, output = lminf("info", "--plan", "--capability", 90, "--window", 4096)
+    assert code == 0
+    assert re.search(r"lambda_attn \w+ .* lambda_decode sm80 16 16 33 yes 264 128", output)
     code, output = lminf("info", "--plan", "--heads", 7)
     assert code == 2 and "q has 7 heads and k has 8" in output
 
