@@ -37,7 +37,7 @@ from .forward_state import (
     refuse_inputs,
 )
 from .middle import add_middle_tokens
-from .rope import IdentityRotary, follow_wrapped, is_rotary, training_length
+from .rope import IdentityRotary, is_rotary, training_length
 from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, LayerSettings
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
@@ -233,12 +233,9 @@ class _Patch:
             if family.forward is not None:
                 forward = functools.partial(family.forward, _attend_in_forward, module)
                 self.override(module, "forward", forward)
-        attention_types = {type(module) for module in self.attention}
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
-                decoder.set_submodule(name, IdentityRotary(module, attention_types))
-        for module in self.attention:
-            follow_wrapped(module)
+                decoder.set_submodule(name, IdentityRotary(module, self.attention))
         self.hooks = [
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 __all__ = [
     "IdentityRotary",
     "Rope",
-    "follow_wrapped",
     "is_rotary",
+    "keeps_rotation",
     "let_unrotated_pass",
     "snapshot_rope",
     "training_length",
@@ -194,17 +194,13 @@ def let_unrotated_pass(attention_types: Iterable[type], cos_sin: Any) -> bool:
     return True
 
 
-def follow_wrapped(module: nn.Module) -> None:
-    """Replaces the functions that a module keeps, and `let_unrotated_pass` has wrapped since.
+def keeps_rotation(attention: nn.Module) -> bool:
+    """Whether an attention module keeps the function it rotates by, as in transformers 5.4.
 
-    In old versions of transformers an attention module keeps the one it rotates by, and pickle,
-    which finds functions by their names, would find another one.
+    Pickle, which knows functions by their names, would not find it under its own once
+    `let_unrotated_pass` has wrapped it, in models that are not patched either.
     """
-    for name, kept in list(vars(module).items()):
-        if inspect.isfunction(kept):
-            known: Any = getattr(sys.modules.get(kept.__module__), kept.__name__, None)
-            if hasattr(known, _PASSES) and inspect.unwrap(known) is inspect.unwrap(kept):
-                setattr(module, name, known)
+    return any(inspect.isfunction(v) and "rotary" in v.__name__ for v in vars(attention).values())
 
 
 def _only_rotates(rotate: Callable[..., Any], n_tensors: int, cos_sin: Any) -> bool:
@@ -241,7 +237,7 @@ class IdentityRotary(nn.Module):
         is_empty: cos and sin are empty, of models that `let_unrotated_pass` has seen.
     """
 
-    def __init__(self, original: Any, attention_types: Iterable[type]) -> None:
+    def __init__(self, original: Any, attention: Iterable[nn.Module]) -> None:
         super().__init__()
         self.original: nn.Module = original
         for name in ("config", "layer_types"):  # which some models ask it for
@@ -253,12 +249,17 @@ class IdentityRotary(nn.Module):
             kinds = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
             layer_types = [kind for kind in kinds if not kind.endswith("_original")]
         self._outputs = {kind: _identity(original, kind)[0] for kind in layer_types}
-        self._attention_types = tuple(attention_types)
+        attention = list(attention)
+        self._attention_types = (
+            None if any(map(keeps_rotation, attention)) else {type(module) for module in attention}
+        )
         self.is_empty = self._may_be_empty()
 
     def _may_be_empty(self) -> bool:
         types = self._attention_types
-        return all(let_unrotated_pass(types, out) for out in self._outputs.values())
+        return types is not None and all(
+            let_unrotated_pass(types, out) for out in self._outputs.values()
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a pickle: the library's function is another one in this process."""
