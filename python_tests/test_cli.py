@@ -204,7 +204,12 @@ def generate_with(**changes):
         (generate_with(prompt_file="absent.txt"), "--prompt-file", "no such text file"),
         (generate_with(prompt_file="empty.txt"), "--prompt-file", "is empty"),
         (generate_with(prompt_file=None), "--prompt-file", "Missing option"),
-        (generate_with(temperature="0"), "--temperature", "--greedy takes the likeliest"),
+        (generate_with(temperature="0"), "--temperature", "use greedy for the likeliest"),
+        (generate_with(temperature="nan"), "--temperature", "use greedy for the likeliest"),
+        (generate_with(temperature="1e-45"), "--temperature", "use greedy for the likeliest"),
+        (generate_with(seed=str(2**64)), "--seed", "[<≤]|less than or equal to"),
+        (evaluate_with(out="text.txt"), "--out", "give a folder that can be written to"),
+        (evaluate_with(out="text.txt/deeper"), "--out", "give a folder that can be written to"),
         (generate_with(top_p="2"), "--top-p", "above 0 and at most 1"),
         (generate_with(max_new_tokens="0"), "--max-new-tokens", at_least(1)),
         (generate_with(model="gpt2"), "MODEL", "supported model types: "),
@@ -230,6 +235,12 @@ def test_bad_input_names_the_argument_and_the_way_out(
     assert argument in output
     assert re.search(way_out, output)
     assert "Traceback" not in output
+
+
+def test_a_shape_without_a_plan_is_named():
+    code, output = lminf("info", "--plan", "--head-dim", "10000000")
+    assert code == 2
+    assert "--plan" in output and "take a smaller one" in output
 
 
 def test_a_missing_cuda_device_is_named(folder):
