@@ -82,6 +82,8 @@ def _attend(
             "a patched model has no backward yet: run it under torch.no_grad() or "
             "torch.inference_mode()"
         )
+    # Under autocast a rotary embedding makes float32 of queries and keys, but not of values.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # The op takes one head dim, whose first dims rotate.
     value_dim = value.shape[-1]
     query, key = layer.arrange(query), layer.arrange(key)
