@@ -75,20 +75,27 @@ class Progress:
         self.lost = max(self.lost, self.seen - self.slack)
 
 
-def _ring_slots(ring: Tensor, positions: Tensor) -> Tensor:
-    """The slots of `positions` [B, n] in a ring [B, H, C, D], as an index [B, H, n, D]."""
-    slots = (positions % ring.shape[2])[:, None, :, None]
-    return slots.expand(-1, ring.shape[1], -1, ring.shape[3])
+def _ring_rows(ring: Tensor, positions: Tensor) -> Tensor:
+    """The rows of `positions` [B, n] in a ring [B, H, C, D] taken as [B * H * C, D]: [B * H * n].
+
+    Whole rows are copied many times faster than `gather` and `scatter_` pick their elements.
+    """
+    batch, heads, slots, _ = ring.shape
+    first = torch.arange(batch * heads, device=ring.device).view(batch, heads, 1) * slots
+    return (first + (positions % slots)[:, None]).flatten()
 
 
 def _pick(ring: Tensor, positions: Tensor) -> Tensor:
     """What a ring [B, H, C, D] holds of `positions` [B, n]: [B, H, n, D]."""
-    return ring.gather(2, _ring_slots(ring, positions))
+    batch, heads, _, dim = ring.shape
+    rows = ring.view(-1, dim).index_select(0, _ring_rows(ring, positions))
+    return rows.view(batch, heads, positions.shape[1], dim)
 
 
 def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
     """Writes `new` [B, H, n, D] to the slots of `positions` [B, n], at most C neighbours a row."""
-    ring.scatter_(2, _ring_slots(ring, positions), new)
+    rows = new.reshape(-1, ring.shape[3])
+    ring.view(-1, ring.shape[3]).index_copy_(0, _ring_rows(ring, positions), rows)
 
 
 class LambdaCacheLayer(CacheLayerMixin):

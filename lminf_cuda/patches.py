@@ -223,9 +223,10 @@ class _Patch:
             if family.forward is not None:
                 forward = functools.partial(family.forward, _attend_in_forward)
                 self.override(module, "forward", forward)
+        attention_types = {type(module) for module in self.attention}
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
-                decoder.set_submodule(name, IdentityRotary(module))
+                decoder.set_submodule(name, IdentityRotary(module, attention_types))
         self.hooks = [
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),

@@ -9,13 +9,26 @@ embeddings rewrite their frequencies when they meet a long input.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IdentityRotary", "Rope", "is_rotary", "snapshot_rope", "training_length"]
+__all__ = [
+    "IdentityRotary",
+    "Rope",
+    "is_rotary",
+    "let_unrotated_pass",
+    "snapshot_rope",
+    "training_length",
+]
+
+_PASSES = "_lminf_lets_unrotated_pass"  # of a library's function: it is wrapped
 
 
 @dataclass(eq=False)
@@ -142,14 +155,79 @@ def training_length(config: Any) -> int:
     )
 
 
+def let_unrotated_pass(attention_types: Iterable[type], cos_sin: Any) -> bool:
+    """Spares a model the multiplications by cos 1 and sin 0, ten operations a layer.
+
+    The library's function that the attention modules rotate by hands its tensors on as they are
+    when cos is empty, from now on; with any other cos it does what it did.
+
+    Args:
+        attention_types: classes of attention modules.
+        cos_sin: what their rotary module returns for position 0, unscaled.
+
+    Returns:
+        Whether all of them rotate by a function that allows it: the only one with "rotary" in its
+        name that the forward calls, of tensors, cos and sin, and nothing but a rotation.
+    """
+    if not isinstance(cos_sin, tuple) or any(part.shape[:-1] != (1, 1) for part in cos_sin):
+        return False
+    found: list[tuple[dict[str, Any], str, Callable[..., Any], int]] = []
+    for cls in attention_types:
+        forward = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+        known = vars(sys.modules[forward.__module__])
+        names = [n for n in forward.__code__.co_names if "rotary" in n and callable(known.get(n))]
+        if len(names) != 1:
+            return False
+        rotate = known[names[0]]
+        parameters = list(inspect.signature(rotate).parameters.values())
+        required = [p.name for p in parameters if p.default is p.empty]
+        if required[-2:] != ["cos", "sin"]:
+            return False
+        n_tensors = len(required) - 2
+        if not _only_rotates(rotate, n_tensors, cos_sin):
+            return False
+        found.append((known, names[0], rotate, n_tensors))
+    for known, name, rotate, n_tensors in found:
+        if not hasattr(rotate, _PASSES):
+            known[name] = _passing(rotate, n_tensors)
+    return True
+
+
+def _only_rotates(rotate: Callable[..., Any], n_tensors: int, cos_sin: Any) -> bool:
+    """Whether `rotate` gives its tensors back, where cos is 1 and sin 0 for each dim or pair."""
+    for dims_an_entry in (1, 2):
+        x = torch.linspace(-1, 1, dims_an_entry * cos_sin[0].shape[-1]).view(1, 1, 1, -1)
+        try:
+            out = rotate(*[x] * n_tensors, *cos_sin)
+        except RuntimeError:  # other dims
+            continue
+        if all(torch.equal(part, x) for part in (out if n_tensors > 1 else (out,))):
+            return True
+    return False
+
+
+def _passing(rotate: Callable[..., Any], n_tensors: int) -> Callable[..., Any]:
+    """`rotate`, of n_tensors tensors and then cos and sin, but for an empty cos."""
+
+    @functools.wraps(rotate)
+    def rotate_or_pass(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > n_tensors and args[n_tensors].shape[-1] == 0:
+            return args[:n_tensors] if n_tensors > 1 else args[0]
+        return rotate(*args, **kwargs)
+
+    setattr(rotate_or_pass, _PASSES, True)
+    return rotate_or_pass
+
+
 class IdentityRotary(nn.Module):
     """Stands where a model's rotary module stood and rotates nothing: cos 1, sin 0.
 
     Attributes:
         original: the module it stands for, kept as a child so that it follows `model.to(...)`.
+        is_empty: cos and sin are empty, of models that `let_unrotated_pass` has seen.
     """
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, attention_types: Iterable[type]) -> None:
         super().__init__()
         self.original: nn.Module = original
         self.config: Any = getattr(original, "config", None)  # by which some models choose
@@ -160,14 +238,20 @@ class IdentityRotary(nn.Module):
             kinds = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
             layer_types = [kind for kind in kinds if not kind.endswith("_original")]
         self._outputs = {kind: _identity(original, kind)[0] for kind in layer_types}
+        self.is_empty = all(
+            let_unrotated_pass(attention_types, out) for out in self._outputs.values()
+        )
 
     def forward(
         self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
     ) -> Any:
         """What the original returns for position 0, unscaled, for states x [..., B, S, hidden].
 
-        [B, S, any] or [3, B, S, any] each, in x's dtype where real.
+        [B, S, any] or [3, B, S, any] each, in x's dtype where real; [B, S, 0] where is_empty.
         """
+        if self.is_empty:
+            empty = x.new_empty((*x.shape[-3:-1], 0))
+            return empty, empty
 
         def spread(part: Tensor) -> Tensor:
             part = part.to(x.device) if part.is_complex() else part.to(x)

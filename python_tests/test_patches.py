@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
+from lminf_cuda.rope import let_unrotated_pass
 from lminf_cuda.settings import LayerSettings
 
 N_GLOBAL, WINDOW = 3, 12
@@ -213,6 +216,66 @@ def test_no_square_mask(padded: bool) -> None:
     with _LargestTensor() as largest:
         model(ids, attention_mask=mask)
     assert 0 < largest.numel < length * length // 4
+
+
+class _Negations(TorchDispatchMode):
+    """How many tensors were negated, as halves of a head are by a rotation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.neg.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_patched_model_spares_the_rotation_and_an_unpatched_one_keeps_it() -> None:
+    plain, patched = tiny_model(), patch_model(tiny_model(), n_global=N_GLOBAL, window=WINDOW)
+    ids = tokens(1, WINDOW)
+    with _Negations() as rotations:
+        before = plain(ids).logits
+    assert rotations.count == 2 * plain.config.num_hidden_layers
+    with _Negations() as rotations:
+        patched(ids)
+    assert rotations.count == 0
+    assert torch.equal(plain(ids).logits, before)
+
+
+ATTENTION = """
+def rotary(q, k, cos, sin):
+    return q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
+
+class Attention:
+    def forward(self, q, k, cos, sin):
+        return rotary(q, k, cos, sin)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "spared"),
+    [
+        ("", "", True),
+        ("return q * cos", "return 2 * q * cos", False),  # more than a rotation
+        ("return rotary(q, k, cos, sin)", "return q, k", False),  # none
+        ("cos, sin):", "sin, cos):", False),  # unknown arguments
+    ],
+)
+def test_only_a_plain_rotation_is_spared(
+    old: str, new: str, spared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = ModuleType("a_model_of_this_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(ATTENTION.replace(old, new) if old else ATTENTION, module.__dict__)
+    rotate = module.rotary
+    ones, zeros, empty = torch.ones(1, 1, 4), torch.zeros(1, 1, 4), torch.empty(1, 1, 0)
+    assert not let_unrotated_pass([module.Attention], (ones.expand(3, 1, 4),) * 2)
+    assert module.rotary is rotate
+    assert let_unrotated_pass([module.Attention], (ones, zeros)) == spared
+    q, k = torch.randn(2, 1, 1, 1, 4)
+    if spared:
+        assert module.rotary(q, k, empty, empty) == (q, k)
+        assert torch.equal(module.rotary(q, k, zeros, ones)[0], q.flip(-1))
+    else:
+        assert module.rotary is rotate
 
 
 def test_two_patched_models_do_not_meet() -> None:

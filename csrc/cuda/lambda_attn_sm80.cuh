@@ -43,23 +43,43 @@ struct AttnTraits {
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
 };
 
+// Starts the copies of a tile's keys and values; rows that no query sees become zeros. A thread
+// goes down one column of chunks, or where the threads are no whole rows, from piece to piece.
 template <typename Traits, int kKeys>
 LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, int64_t position,
                              int head_dim, typename Traits::KeyTile k_tile,
                              typename Traits::KeyTile v_tile) {
+  using T = typename Traits::Element;
   using Tile = typename Traits::KeyTile;
-  constexpr int kPieces = kKeys * Tile::kChunks;
+  const int thread = recomputed(static_cast<int>(threadIdx.x));
+  const int first = static_cast<int>(max64(plan.visible.lo - position, 0));
+  const int end = static_cast<int>(min64(plan.visible.hi - position, kKeys));
+  const int64_t k_stride = plan.k_stride, v_stride = plan.v_stride;
+  const T* k = plan.k + (position - plan.k_origin) * k_stride;
+  const T* v = plan.v + (position - plan.v_origin) * v_stride;
+  if constexpr (Traits::kThreads % Tile::kChunks == 0) {
+    constexpr int kStep = Traits::kThreads / Tile::kChunks;
+    static_assert(kKeys % kStep == 0, "every thread has as many rows");
+    const int first_row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const bool in_head = chunk * Tile::kChunk < head_dim;
+    k += first_row * k_stride + chunk * Tile::kChunk;
+    v += first_row * v_stride + chunk * Tile::kChunk;
 #pragma unroll
-  for (int piece = recomputed(static_cast<int>(threadIdx.x)); piece < kPieces;
-       piece += Traits::kThreads) {
-    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
-    const int64_t j = position + row;
-    const bool there =
-        j >= plan.visible.lo && j < plan.visible.hi && chunk * Tile::kChunk < head_dim;
-    const int64_t k_offset = (j - plan.k_origin) * plan.k_stride + chunk * Tile::kChunk;
-    const int64_t v_offset = (j - plan.v_origin) * plan.v_stride + chunk * Tile::kChunk;
-    ptx::copy_async(k_tile.address(row, chunk), there ? plan.k + k_offset : plan.k, there);
-    ptx::copy_async(v_tile.address(row, chunk), there ? plan.v + v_offset : plan.v, there);
+    for (int row = first_row; row < first_row + kKeys; row += kStep) {
+      const bool there = in_head && row >= first && row < end;
+      ptx::copy_async(k_tile.address(row, chunk), k, there);
+      ptx::copy_async(v_tile.address(row, chunk), v, there);
+      k += kStep * k_stride;
+      v += kStep * v_stride;
+    }
+  } else {
+#pragma unroll
+    for (int piece = thread; piece < kKeys * Tile::kChunks; piece += Traits::kThreads) {
+      const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+      const bool there = row >= first && row < end && chunk * Tile::kChunk < head_dim;
+      ptx::copy_async(k_tile.address(row, chunk), k + row * k_stride + chunk * Tile::kChunk, there);
+      ptx::copy_async(v_tile.address(row, chunk), v + row * v_stride + chunk * Tile::kChunk, there);
+    }
   }
 }
 

@@ -506,7 +506,11 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           return to_weights<kBlockN>(scores, state, scoring.exponent_unit(), factor);
         };
 
-        ptx::mbarrier_wait(Barriers::at(Barriers::kKFull, k_place.slot), k_place.parity);
+        auto await_keys = [&] {
+          ptx::mbarrier_wait(Barriers::at(Barriers::kKFull, k_place.slot), k_place.parity);
+        };
+
+        await_keys();
         ptx::wgmma_fence();
         issue_scores(KeyTile(k_start(k_place.slot)), scores);
         ptx::wgmma_wait<0>(scores);
@@ -514,9 +518,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         k_place.next();
         if (finish_tile(window.tiles.begin)) rescale(out, factor);
         pack_weights<T>(scores, weights);
+        if (window.tiles.begin + 1 < window.tiles.end) await_keys();
 
         for (int64_t index = window.tiles.begin + 1; index < window.tiles.end; ++index) {
-          ptx::mbarrier_wait(Barriers::at(Barriers::kKFull, k_place.slot), k_place.parity);
           ptx::named_barrier(kOrderBarrier + consumer, kSm90Consumers * kWarpgroup);
           ptx::wgmma_fence();
           issue_scores(KeyTile(k_start(k_place.slot)), scores);
@@ -529,6 +533,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           arrive(Barriers::at(Barriers::kKEmpty, k_place.slot));
           k_place.next();
           const bool changed = finish_tile(index);
+          // ptxas moves the wait for the values up to the last branch, and the softmax would no
+          // longer run beside their product. So the branch of another wait comes between the two.
+          if (index + 1 < window.tiles.end) await_keys();
           ptx::wgmma_wait<0>(out);
           arrive(Barriers::at(Barriers::kVEmpty, v_place.slot));
           v_place.next();
