@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(Traits::kThreads)
     const TileRanges& tiles = block[0].branches[branch].tiles;
     return static_cast<int>(tiles.end - tiles.begin);
   };
-  const int far_end = visits_of(kFar);
-  const int near_end = far_end + visits_of(kNear);
+  auto far_end = [&] { return visits_of(kFar); };  // read when needed: a register less
+  const int near_end = far_end() + visits_of(kNear);
   const int visits = near_end + visits_of(kWindow);
   auto branch_of = [&](int visit) -> const BranchPlan<T>& {
-    return block[0].branches[visit < far_end ? kFar : visit < near_end ? kNear : kWindow];
+    return block[0].branches[visit >= near_end ? kWindow : visit >= far_end() ? kNear : kFar];
   };
   auto tile_of = [&](int visit) {
-    const int first = visit < far_end ? 0 : visit < near_end ? far_end : near_end;
+    const int first = visit >= near_end ? near_end : visit >= far_end() ? far_end() : 0;
     return branch_of(visit).tiles.begin + visit - first;
   };
   auto issue = [&](int visit) {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     ptx::copy_async_commit();
 
     const int64_t first_query = block[0].tile.positions.lo + recomputed(warp_row);
-    if (visit == far_end && p.rope.rotary_dim > 0) {
+    if (visit == far_end() && p.rope.rotary_dim > 0) {
       rotate_tile_rows(q_tile, p.rope, warp_row, Traits::kWarpRows, first_query, -kUnbounded, lane);
       __syncwarp();
     }

@@ -64,28 +64,73 @@ class SharedTile {
   int start_;
 };
 
+LMINF_DEVICE void exchange(float& a, float& b) {
+  const float old = a;
+  a = b;
+  b = old;
+}
+
 // Rotates rows [first_row, first_row + rows) of a tile in place, by a whole warp that alone uses
-// them. Row r of them stands at max(first_position + r, least_position). A lane owns pairs: it
-// reduces one angle and steps it from row to row, which over 32 rows drifts by 2e-6 rad.
+// them. Row r of them stands at max(first_position + r, least_position). A lane owns kPairs
+// neighbouring pairs of dims, two of them in 32-bit words: it reduces their angles once and steps
+// them from row to row, which over 32 rows drifts by 2e-6 rad.
+template <int kPairs, typename Tile>
+LMINF_DEVICE void rotate_tile_pairs(const Tile& tile, const RopeParams& rope, int first_row,
+                                    int rows, int64_t first_position, int64_t least_position,
+                                    int lane) {
+  using T = typename Tile::Element;
+  // Rows at least_position before the first that has moved on.
+  const int waiting = static_cast<int>(max64(min64(least_position - first_position, rows), 0));
+  for (int t = kPairs * lane; t < rope.rotary_dim / 2; t += kPairs * kWarpSize) {
+    CosSin angle[kPairs], step[kPairs];
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const double frequency = load_frequency(rope, t + i);
+      step[i] = rotation(1, frequency);
+      angle[i] = rotation(max64(first_position, least_position), frequency);
+      angle[i].cos *= rope.scaling;
+      angle[i].sin *= rope.scaling;
+    }
+    const PairDims dims = pair_dims(t, rope.rotary_dim, rope.interleaved);
+#pragma unroll 2
+    for (int r = 0; r < rows; ++r) {
+      if constexpr (kPairs == 1) {
+        T& first = tile.element(first_row + r, dims.first);
+        T& second = tile.element(first_row + r, dims.second);
+        float a = to_float(first), b = to_float(second);
+        rotate_pair(angle[0], a, b);
+        first = from_float<T>(a);
+        second = from_float<T>(b);
+      } else {
+        // A word of each half, or where pairs are neighbours, a word of each pair.
+        uint32_t& first = tile.pair(first_row + r, dims.first);
+        uint32_t& second = tile.pair(first_row + r, rope.interleaved ? 2 * t + 2 : dims.second);
+        float a[2], b[2];
+        unpack<T>(first, a[0], a[1]);
+        unpack<T>(second, b[0], b[1]);
+        if (rope.interleaved) exchange(a[1], b[0]);
+        rotate_pair(angle[0], a[0], b[0]);
+        rotate_pair(angle[1], a[1], b[1]);
+        if (rope.interleaved) exchange(a[1], b[0]);
+        first = pack<T>(a[0], a[1]);
+        second = pack<T>(b[0], b[1]);
+      }
+      if (r < waiting) continue;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) angle[i] = compose(angle[i], step[i]);
+    }
+  }
+}
+
+// The same, two pairs at a time where their words are aligned.
 template <typename Tile>
 LMINF_DEVICE void rotate_tile_rows(const Tile& tile, const RopeParams& rope, int first_row,
                                    int rows, int64_t first_position, int64_t least_position,
                                    int lane) {
-  using T = typename Tile::Element;
-  for (int t = lane; t < rope.rotary_dim / 2; t += kWarpSize) {
-    const double frequency = load_frequency(rope, t);
-    const PairDims dims = pair_dims(t, rope.rotary_dim, rope.interleaved);
-    const CosSin step = rotation(1, frequency);
-    CosSin angle = rotation(max64(first_position, least_position), frequency);
-    for (int r = 0; r < rows; ++r) {
-      T& first = tile.element(first_row + r, dims.first);
-      T& second = tile.element(first_row + r, dims.second);
-      float a = to_float(first), b = to_float(second);
-      rotate_pair(angle, a, b);
-      first = from_float<T>(a * rope.scaling);
-      second = from_float<T>(b * rope.scaling);
-      if (first_position + r >= least_position) angle = compose(angle, step);
-    }
+  if (rope.rotary_dim % 4 == 0) {
+    rotate_tile_pairs<2>(tile, rope, first_row, rows, first_position, least_position, lane);
+  } else {
+    rotate_tile_pairs<1>(tile, rope, first_row, rows, first_position, least_position, lane);
   }
 }
 
