@@ -22,6 +22,8 @@ class KernelPlan:
             fixed number of them.
         block_n: keys that it meets at a time; 0 where that is not fixed.
         splits: blocks that share the keys of the same rows (decoding), whose results are merged.
+        overlaps: whether the kernel that merges them starts while they still run (programmatic
+            dependent launch: on compute capability 9.0 and up).
         blocks: blocks of the launch, tasks on a CPU.
         threads: threads of a block; on a CPU, of the pool.
         shared_bytes: shared memory of a block.
@@ -32,13 +34,14 @@ class KernelPlan:
     block_m: int
     block_n: int
     splits: int
+    overlaps: bool
     blocks: int
     threads: int
     shared_bytes: int
     workspace_bytes: int
 
 
-NOTHING = KernelPlan("none", 0, 0, 1, 0, 0, 0, 0)
+NOTHING = KernelPlan("none", 0, 0, 1, False, 0, 0, 0, 0)
 
 
 def _capability(value: int | tuple[int, int] | None) -> int:

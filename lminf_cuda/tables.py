@@ -155,6 +155,12 @@ class PlanShape:
         return memory.as_strided(shape, (self.head_dim, self.head_dim, self.head_dim, 1))
 
 
+def _plan_value(x: str | int) -> str:
+    if isinstance(x, bool):
+        return "yes" if x else "no"
+    return x if isinstance(x, str) else f"{x:,}"
+
+
 def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) -> None:
     """The table of `lminf info --plan`: the prefill and a decoding step of one shape."""
     target: dict[str, Any] = dict(device_capability=capability, multiprocessors=multiprocessors)
@@ -184,5 +190,5 @@ def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) 
         table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     for op, plan in plans.items():
         values = (getattr(plan, name) for name in facts)
-        table.add_row(op, *(f"{x:,}" if isinstance(x, int) else x for x in values))
+        table.add_row(op, *(_plan_value(x) for x in values))
     console().print(table)

@@ -86,14 +86,18 @@ def test_info_plan_shows_which_kernels_serve_a_shape():
     assert re.search(rf"lambda_attn {lminf_cuda.ops.cpu_isa()} .*lambda_decode", output)
     code, output = lminf("info", "--plan", "--capability", 80, "--no-rope", *shape)
     assert code == 0
-    assert re.search(r"lambda_attn sm80 128 64 1 16 128 49,792 0 lambda_decode sm80 16 16", output)
+    assert re.search(r"lambda_attn sm80 128 64 1 no 16 128 49,792 0 lambda_decode sm80 16", output)
+    code, output = lminf("info", "--plan", "--capability", 90, "--window", 4096)
+    assert code == 0
+    assert re.search(r"lambda_attn \w+ .* lambda_decode sm80 16 16 33 yes 264 128", output)
     code, output = lminf("info", "--plan", "--capability", 90, *shape)
     q, k = (torch.empty(1, heads, 500, 64, dtype=torch.bfloat16) for heads in (4, 2))
     rope = {"inv_freq": torch.ones(32)}
     real = lminf_cuda.kernel_plan(q, k, k, 16, 64, device_capability=90, **rope)
     assert code == 0
     assert real.kernel == "sm90"
-    assert re.search(rf"lambda_attn sm90 {real.block_m} {real.block_n} 1 {real.blocks} ", output)
+    tiles = rf"{real.block_m} {real.block_n} 1 \w+ {real.blocks}"
+    assert re.search(rf"lambda_attn sm90 {tiles} ", output)
     code, output = lminf("info", "--plan", "--heads", 7)
     assert code == 2 and "q has 7 heads and k has 8" in output
 

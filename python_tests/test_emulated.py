@@ -9,6 +9,8 @@ import pytest
 import torch
 from cases import DTYPES, check_lambda_attn, frequencies, options, qkv, randn, run_reference
 
+from lminf_cuda import decode_plan
+
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(emulated.missing() is not None, reason=f"{emulated.missing()}"),
@@ -65,6 +67,74 @@ def test_a_device_of_another_size_decodes_the_same(multiprocessors):
     emulated.module().set_device()
     torch.testing.assert_close(out, usual, rtol=0, atol=1e-6)
     torch.testing.assert_close(lse, usual_lse, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shuffled", [0, 1, 2], indirect=True)
+@pytest.mark.parametrize("option", ["rope", "distance bias hides"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_merge_of_the_splits_overlaps_them(shuffled, option, dtype):
+    """From compute capability 9.0 on, in code for it, as the plan says; it changes no bit. With a
+    bias the kernels on tensor cores have a second one also where there is one split."""
+    window = 300
+    score = dict(options(option, 4, 64, window), max_distance=window)
+    for multiprocessors in (1, 6):
+        results = {}
+        for capability, code in ((80, True), (89, True), (90, False), (90, True), (120, True)):
+            q, k, v, *cache = randn(
+                4, (2, 4, 1, 64), *[(2, 2, 1, 64)] * 2, *[(2, 2, n, 64) for n in (300, 300, 9, 9)],
+                dtype=dtype,
+            )  # fmt: skip
+            arguments = (q, k, v, *cache, torch.tensor([1000, 40]), window)
+            facts = dict(capability=capability, multiprocessors=multiprocessors, has_sm90=code)
+            emulated.module().take_launches()
+            with emulated.device(**facts):
+                results[capability, code] = (*emulated.lambda_decode(*arguments, **score), *cache)
+            first, *rest = emulated.module().take_launches()
+            plan = decode_plan(
+                *arguments, device_capability=capability, multiprocessors=multiprocessors, **score
+            )
+            mends = dtype != torch.float32 and "distance_bias" in score
+            assert first["kernel"] == f"lambda_decode_{plan.kernel}"
+            assert first["blocks"] == plan.blocks == 4 * plan.splits
+            assert first["triggered"] == first["blocks"] and not first["overlaps"]
+            assert len(rest) == (plan.splits > 1 or mends)
+            assert (plan.splits > 1) == (multiprocessors > 1)
+            for launch in rest:
+                name = "mend" if mends else "merge"
+                assert launch["kernel"] == f"lambda_decode_{name}" and launch["blocks"] == 8
+                assert launch["overlaps"] == (capability >= 90 and code)
+            assert plan.overlaps == (capability >= 90 and len(rest) == 1)
+        for capability, code in ((90, False), (120, True)):
+            alike = zip(results[capability, code], results[90, True], strict=True)
+            assert all(torch.equal(x, y) for x, y in alike)
+
+
+@pytest.mark.parametrize("head_dim", [40, 128, 264])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_in_more_splits_than_are_merged_at_once(head_dim, dtype):
+    """64 are read together (lambda_decode.cu), and 128 dims; a split may hold nothing visible."""
+    window = 8700
+    q, k, v, *caches = randn(
+        6, (1, 2, 1, head_dim), *[(1, 1, 1, head_dim)] * 2,
+        *[(1, 1, n, head_dim) for n in (window, window, 2, 2)], dtype=dtype,
+    )  # fmt: skip
+    for position in (40, 20_000):
+        cache = [x.clone() for x in caches]
+        with emulated.device(capability=90, multiprocessors=132):
+            out, lse = emulated.lambda_decode(
+                q, k, v, *cache, torch.tensor([position]), window, sink_logits=torch.ones(2)
+            )
+        assert emulated.module().take_launches()[-2]["blocks"] > 64
+        slots = torch.arange(max(0, position - window + 1), position) % window
+        few = 2 if position > window else 0
+        keys = torch.cat([caches[2][:, :, :few], caches[0][:, :, slots], k], 2)
+        values = torch.cat([caches[3][:, :, :few], caches[1][:, :, slots], v], 2)
+        kwargs = dict(n_global=0, window=1 << 20, sink_logits=torch.ones(2))
+        truth, truth_lse = run_reference(q, keys, values, True, **kwargs)
+        eager, _ = run_reference(q, keys, values, False, **kwargs)
+        bound = 5e-6 if dtype == torch.float32 else 2 * (eager - truth).abs().max() + 1e-3
+        assert (out - truth).abs().max() <= bound
+        assert (lse - truth_lse).abs().max() <= (5e-6 if dtype == torch.float32 else 5e-3)
 
 
 def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
@@ -188,7 +258,8 @@ def test_speed():
 def test_cpp_tests_pass():
     """The planted faults are caught, and every PTX wrapper's host body is right."""
     folder = emulated.ROOT / "build" / "emulation"
-    names = ("emulation_test", "emulation_sm90_test", "ptx_sm80_test", "ptx_sm90_test")
+    names = ["emulation_test", "emulation_sm90_test", "emulation_overlap_test"]
+    names += ["ptx_sm80_test", "ptx_sm90_test"]
     emulated.build(folder, *names)
     for name in names:
         done = subprocess.run([folder / name], capture_output=True, text=True)

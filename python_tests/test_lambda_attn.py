@@ -227,6 +227,34 @@ def test_a_query_that_is_not_finite_stays_in_its_row(backend, poison):
 OFFSETS = [0, 1, 63, 1000, (1 << 24) + 1, 200_000_000, (1 << 31) - 200]
 
 
+# seqlen_q, seqlen_k, n_global, window, max_distance: some keys stand between the global ones and
+# the first query's window, or the two just meet or overlap.
+FEW_QUERIES = [
+    *((5, 400, g, 30, limit) for g in (0, 4, 70, 365, 366, 367) for limit in (None, 100, 2000)),
+    (33, 500, 20, 64, 300),
+    (1, 129, 3, 1, None),
+    (70, 600, 16, 128, 130),
+    (300, 300, 4, 30, 100),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", FEW_QUERIES, ids=str)
+def test_few_queries_after_many_keys(backend, shape, dtype):
+    """Keys that no query sees may hold anything, with padding before them or keys dropped."""
+    seqlen_q, seqlen_k, n_global, window, max_distance = shape
+    k_start = torch.tensor([0, -2, -17, 1, 1000])
+    q, k, v = qkv(seqlen_q, seqlen_k, batch=len(k_start), heads_kv=2, dtype=dtype)
+    for b, start in enumerate(k_start.tolist()):
+        seen = slice(max(0, n_global - start), max(0, seqlen_k - seqlen_q - window + 1))
+        k[b, :, seen] = NAN
+        k[b, :, : max(0, -start)] = NAN
+    check_lambda_attn(
+        backend, q, k, v, n_global=n_global, window=window, max_distance=max_distance,
+        k_start=k_start, **options("rope scaled", 2, 64),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("option", ["none", "rope", "rope float64", "all"])

@@ -322,9 +322,11 @@ def test_threads_change_nothing(backend, dtype, threads):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_graph_replays_step_after_step():
-    """Positions are read on the device, so one captured step serves all that follow."""
-    window, n_global = 24, 3
+@pytest.mark.parametrize("window", [24, 600])
+def test_a_cuda_graph_replays_step_after_step(window):
+    """Positions are read on the device, so one captured step serves all that follow; a long window
+    has splits, whose merge may overlap them."""
+    n_global = 3
     q, k, v = (torch.randn(2, heads, 1, 64, device="cuda") for heads in (4, 2, 2))
     sizes = (window, window, n_global, n_global)
     eager = [torch.zeros(2, 2, size, 64, device="cuda") for size in sizes]
@@ -342,7 +344,7 @@ def test_a_cuda_graph_replays_step_after_step():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed = step(captured)
-    for n in range(3 * window):
+    for n in range(0, 3 * window, window // 24):
         for new in (q, k, v):
             new.normal_()
         positions.copy_(torch.tensor([n, n + 5]))

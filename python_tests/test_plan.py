@@ -93,6 +93,7 @@ def test_a_plan_in_full_on_hopper():
         block_m=128,
         block_n=128,
         splits=1,
+        overlaps=False,
         blocks=78,
         threads=384,
         shared_bytes=2 * 128 * (2 * 128 + 4 * 128) + 2 * 640 + 256,
@@ -111,6 +112,7 @@ def test_a_plan_in_full():
         block_m=128,
         block_n=48,
         splits=1,
+        overlaps=False,
         blocks=8 * 8 * 2,
         threads=128,
         shared_bytes=2 * 128 * (128 + 4 * 48) + 640,
@@ -122,20 +124,72 @@ def test_a_plan_in_full():
     )
 
 
-def test_splits_fill_the_device():
-    """Four blocks a multiprocessor, and at least eight tiles of 16 keys a split."""
-    arguments = decode_arguments(dtype=torch.bfloat16)
+def test_the_workspace_grows_with_the_keys_that_are_met():
+    """300 queries, window 4096: 4395 keys in windows, and the global ones; not the keys between."""
 
-    def splits(multiprocessors, arguments=arguments):
-        plan = decode_plan(*arguments, device_capability=80, multiprocessors=multiprocessors)
+    def keys(seqlen_k, seqlen_q=300, window=4096, **options):
+        q, k = spread((1, 32, seqlen_q, 128)), spread((1, 8, seqlen_k, 128))
+        plan = kernel_plan(
+            q, k, k, 16, window, inv_freq=frequencies(128), device_capability=90, **options
+        )
+        assert plan.workspace_bytes % (8 * 128 * 2) == 0
+        return plan.workspace_bytes // (8 * 128 * 2)
+
+    for seqlen_k in (5_000, 100_000, 20_000_000):
+        assert keys(seqlen_k) == 300 + 4096 - 1 + 16
+        assert keys(seqlen_k, max_distance=4900) == 300 + 4096 - 1 + 16 + 16
+        assert keys(seqlen_k, seqlen_q=1, window=1) == 1 + 16
+    # The windows reach all keys: among them are the near ones, and none is far.
+    assert keys(4395, max_distance=4200) == 4395 + 16
+    assert keys(4000) == 4000
+    assert keys(4396, max_distance=4395) == 4395 + 16 + 16
+
+
+def test_splits_fill_the_device():
+    """As many blocks as are resident at once, and about eight tiles of 16 keys a split."""
+
+    def splits(multiprocessors, capability=80, **changes):
+        arguments = decode_arguments(**{"dtype": torch.bfloat16, **changes})
+        plan = decode_plan(
+            *arguments, device_capability=capability, multiprocessors=multiprocessors
+        )
         assert plan.blocks == arguments[0].shape[0] * 2 * plan.splits
         assert (plan.workspace_bytes > 0) == (plan.splits > 1)
+        assert plan.overlaps == (capability >= 90 and plan.splits > 1)
         return plan.splits
 
-    assert splits(1) == 2
-    assert splits(2) == 4
-    assert splits(132) == 8
-    assert splits(4, decode_arguments(batch=8, dtype=torch.bfloat16)) == 1
+    # Three blocks of two key heads each, by registers; four of the plain kernel.
+    assert [splits(n) for n in (1, 2, 4, 132)] == [1, 3, 6, 8]
+    assert [splits(n, dtype=torch.float32) for n in (1, 2, 4, 132)] == [2, 4, 8, 8]
+    assert splits(4, batch=8) == 1
+    # 70 KiB a block at head dim 128, 36 at 64: 228 KiB a multiprocessor, 164 or 100.
+    assert [splits(4, c, head_dim=128) for c in (80, 86, 89, 90, 100, 120)] == [4, 2, 2, 6, 6, 2]
+    assert [splits(4, c) for c in (80, 86, 89, 90, 100, 120)] == [6, 4, 4, 6, 6, 4]
+    # 16 tiles are worth two splits, 15 one; after that a few tiles more are a split more.
+    assert [splits(132, window=n) for n in (224, 225, 240, 241, 368, 369)] == [1, 2, 2, 3, 3, 4]
+
+
+def test_splits_of_a_layer_of_an_8b_model_on_an_h200():
+    """32 / 8 heads, head dim 128, window 4096, 16 global tokens: 257 tiles of keys. At batch 1 two
+    blocks on each of the 132 multiprocessors, of two tiles a warp."""
+    for batch, splits in ((1, 33), (2, 24), (4, 12), (8, 6), (16, 3), (32, 1)):
+        one = spread((batch, 8, 1, 128))
+        ring, few = (torch.empty(batch, 8, n, 128, dtype=torch.bfloat16) for n in (4096, 16))
+        plan = decode_plan(
+            spread((batch, 32, 1, 128)), one, one, ring, ring, few, few,
+            torch.zeros(batch, dtype=torch.int64), 4096, device_capability=90,
+        )  # fmt: skip
+        assert plan == KernelPlan(
+            kernel="sm80",
+            block_m=16,
+            block_n=16,
+            splits=splits,
+            overlaps=splits > 1,
+            blocks=batch * 8 * splits,
+            threads=128,
+            shared_bytes=2 * 128 * (16 + 2) + 4 * (2 * 2 * 16 * 2 * 128 + 16 * 8),
+            workspace_bytes=0 if splits == 1 else batch * 32 * splits * (8 + 4 * 128),
+        )
 
 
 def test_planning_runs_nothing():

@@ -53,7 +53,8 @@ LMINF_DEVICE int64_t row_position(const RotateParams& p, int64_t b, int64_t n) {
     });
     return n - load_global(p.cu_seqlens + s);
   }
-  return (p.start != nullptr ? load_global(p.start + b) : 0) + n;
+  const int64_t start = p.start != nullptr ? load_global(p.start + b) : 0;
+  return (p.rows_are_positions ? max64(start, 0) : start + p.first_row) + n;
 }
 
 template <typename T, int kVec>

@@ -145,7 +145,7 @@ LMINF_DEVICE T load_global(const T* address) {
 template <typename T>
 LMINF_DEVICE void store_global(T* address, T value) {
 #if defined(LMINF_EMULATION)
-  emulation::check_global(address, sizeof(T), "store");
+  emulation::check_global(address, sizeof(T), "store", true);
 #endif
   *address = value;
 }
@@ -225,8 +225,8 @@ struct LaunchShape {
   int64_t blocks;  // grid.x: the only dimension that goes past 65,535
   int threads;
   int shared_bytes;
-  // May start while the kernel before it still runs, and calls ptx::grid_wait before it touches
-  // what that one writes (compute capability 9.0 and up).
+  // May start while the kernel before it still runs (ptx_grid.cuh); for devices that overlap
+  // launches (DeviceFacts) alone.
   bool overlaps = false;
 };
 

@@ -1,9 +1,9 @@
-// The prefill op: rotates the keys once into the workspace, then runs the kernel that covers the
-// parameters.
+// The prefill op: rotates the keys that some query meets once into the workspace, then runs the
+// kernel that covers the parameters.
 //
-//   window keys, near keys   R(j) k_j * scaling       (near keys only when global_k is given apart)
-//   far keys                 R(-L) k_j * scaling^2    (they meet raw queries: both factors are
-//   here)
+//   window keys   R(j) k_j * scaling
+//   near keys     R(j) k_j * scaling       apart only where the window keys do not hold them
+//   far keys      R(-L) k_j * scaling^2    they meet raw queries: both factors are here
 #include "lambda_attn.h"
 #include "plan.h"
 #include "rotate_rows.h"
@@ -50,17 +50,26 @@ void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void
   };
 
   if (w.window.used()) {
-    rotate.copied_rows = params.k_rotated;
+    KeyTensor seen = raw;
+    seen.first = rotate.first_row = w.first_window_key;
+    seen.rows -= seen.first;
+    seen.data = static_cast<const char*>(raw.data) +
+                seen.first * raw.stride.seq * element_bytes(params.dtype);
+    rotate.copied_rows = max64(0, params.k_rotated - seen.first);
     rotate.start = params.k_start;
     rotate.cu_seqlens = params.cu_seqlens;
     rotate.n_sequences = params.n_sequences;
-    sources.window_k = run(w.window, raw);
-    rotate.copied_rows = 0;
+    sources.window_k = run(w.window, seen);
+    rotate.copied_rows = rotate.first_row = 0;
   }
   if (!own_globals(params)) sources.near_k = sources.window_k;
-  if (w.near.used()) {
+  if (w.near.used() && own_globals(params)) {
     rotate.start = nullptr;
     sources.near_k = run(w.near, raw_globals);
+  } else if (w.near.used()) {
+    rotate.rows_are_positions = true;
+    sources.near_k = run(w.near, raw);
+    sources.near_k.by_position = true;
   }
   if (w.far.used()) {
     rotate.has_fixed_position = true;

@@ -16,6 +16,7 @@ struct KeyTensor {
   int64_t rows = 0;          // of one batch entry and head
   bool by_position = false;  // row n stands at position n + max(k_start, 0); else as in params.k
   bool by_sequence = false;  // the batch index is the sequence of cu_seqlens
+  int64_t first = 0;         // row 0 is this one of params.k, unless by position
 };
 
 struct AttnSources {
@@ -125,7 +126,7 @@ LMINF_DEVICE BranchPlan<T> branch_plan(const AttnSources& s, const QueryTile& t,
   const int64_t k_batch = k.by_sequence ? t.sequence : t.batch;
   plan.k = static_cast<const T*>(k.data) + k_batch * k.stride.batch + t.kv_head * k.stride.head;
   plan.k_stride = k.stride.seq;
-  plan.k_origin = k.by_position ? (own_globals ? 0 : max64(t.keys.lo, 0)) : t.keys.lo;
+  plan.k_origin = k.by_position ? (own_globals ? 0 : max64(t.keys.lo, 0)) : t.keys.lo + k.first;
   if (!k.by_position) plan.k += t.first_key_row * k.stride.seq;
 
   const bool v_from_globals = own_globals && index != kWindow;

@@ -11,6 +11,7 @@
 #include "../core/online_softmax.h"
 #include "device.cuh"
 #include "plan.h"
+#include "ptx_sm80.cuh"
 #include "rotary.cuh"
 
 namespace lminf::cuda {
@@ -19,6 +20,7 @@ struct DecodeLaunch {
   LambdaDecodeParams p;
   int64_t splits = 1;
   int64_t head_tiles = 1;                 // tiles of query heads per key head
+  int64_t group = 1;                      // query heads per key head
   float* partial_out = nullptr;           // [B, Hq, splits, D] not yet divided by the sum
   SoftmaxState* partial_state = nullptr;  // [B, Hq, splits]
 };
@@ -33,15 +35,26 @@ struct DecodeBlock {
   bool appends;  // writes the new token's slots
 };
 
-LMINF_DEVICE DecodeBlock decode_block(const DecodeLaunch& l, int64_t block) {
+// The slot of a position. In 32 bits, which hold every position: a division in 64 takes several
+// times as long, and all keys wait for it.
+LMINF_DEVICE int64_t ring_slot(const LambdaDecodeParams& p, int64_t position) {
+  if (position < p.capacity) return position;
+  return static_cast<uint32_t>(position) % static_cast<uint32_t>(p.capacity);
+}
+
+LMINF_DEVICE DecodeBlock decode_block(const DecodeLaunch& l, uint32_t block) {
   const LambdaDecodeParams& p = l.p;
+  // The next digit of the block's number; a launch has below 2^31 blocks.
+  auto digit = [&](int64_t base) {
+    const uint32_t last = block % static_cast<uint32_t>(base);
+    block /= static_cast<uint32_t>(base);
+    return last;
+  };
   DecodeBlock d;
-  d.split = block % l.splits;
-  block /= l.splits;
-  d.head_tile = block % l.head_tiles;
-  block /= l.head_tiles;
-  d.kv_head = block % p.heads_kv;
-  d.batch = block / p.heads_kv;
+  d.split = digit(l.splits);
+  d.head_tile = digit(l.head_tiles);
+  d.kv_head = digit(p.heads_kv);
+  d.batch = block;
   d.position = load_global(p.positions + d.batch);
   d.globals = d.window = d.tiles = {0, 0};
   d.global_tiles = 0;
@@ -55,7 +68,10 @@ LMINF_DEVICE DecodeBlock decode_block(const DecodeLaunch& l, int64_t block) {
   d.window = window_branch({0, d.position + 1}, p.window).visible_keys(self);
   d.global_tiles = ceil_div(d.globals.hi - d.globals.lo, kDecodeTileKeys);
   const int64_t tiles = d.global_tiles + ceil_div(d.window.hi - d.window.lo, kDecodeTileKeys);
-  d.tiles = {tiles * d.split / l.splits, tiles * (d.split + 1) / l.splits};
+  const auto each = static_cast<uint32_t>(tiles) / static_cast<uint32_t>(l.splits);
+  const int64_t one_more = tiles - each * l.splits;  // so many splits, the first ones
+  d.tiles.lo = each * d.split + min64(d.split, one_more);
+  d.tiles.hi = d.tiles.lo + each + (d.split < one_more ? 1 : 0);
   d.appends = d.split == l.splits - 1 && d.head_tile == 0;
   return d;
 }
@@ -89,6 +105,24 @@ LMINF_DEVICE float rotated_element(const RopeParams& rope, const T* from, int di
   float second = to_float(load_global(from + dims.second));
   rotate_pair(rotation(position, load_frequency(rope, t)), first, second);
   return (dim == dims.first ? first : second) * rope.scaling;
+}
+
+// Many results over disjoint keys in one. `weights` multiply their *unnormalised* outputs. Without
+// the branches of core's merge, so that no weight waits for another.
+template <int kCount>
+LMINF_DEVICE SoftmaxState merge_all(const SoftmaxState (&states)[kCount],
+                                    float (&weights)[kCount]) {
+  SoftmaxState total = {states[0].max, 0.0f};
+#pragma unroll
+  for (int n = 1; n < kCount; ++n) total.max = fmaxf(total.max, states[n].max);
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) {
+    // Where both are infinite, their difference is no number.
+    const float weight = ptx::exp2_approx(states[n].max - total.max);
+    weights[n] = states[n].max == total.max ? 1.0f : weight;
+    total.sum = fmaf(states[n].sum, weights[n], total.sum);
+  }
+  return total;
 }
 
 // One query head's result over this block's keys: final when there is one split, else partial.

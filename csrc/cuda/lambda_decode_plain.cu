@@ -6,6 +6,7 @@
 // float32, a piece of their dims at a time. A lane works out the products of one key with every
 // second of the warp's heads, then owns dims.
 #include "lambda_decode.h"
+#include "ptx_grid.cuh"
 #include "score.cuh"
 
 namespace lminf::cuda {
@@ -34,6 +35,7 @@ LMINF_DEVICE float half_warp_sum(float x) {
 template <typename T, int kRows>
 __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
     lambda_decode_plain_kernel(const DecodeLaunch l) {
+  ptx::grid_launch_dependents();
   constexpr int kThreads = decode_plain_warps(kRows) * kWarpSize;
   constexpr int kWarpRows = kRows / decode_plain_warps(kRows);
   constexpr int kKeyPitch = DecodePlainSharedSizes::kKeyPitch;
@@ -42,9 +44,8 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int head_dim = static_cast<int>(p.head_dim);
   const DecodeBlock d = decode_block(l, blockIdx.x);
-  const int64_t group = p.heads_q / p.heads_kv;
-  const int64_t first_head = d.kv_head * group + d.head_tile * kRows;
-  const int heads = static_cast<int>(min64(kRows, group - d.head_tile * kRows));
+  const int64_t first_head = d.kv_head * l.group + d.head_tile * kRows;
+  const int heads = static_cast<int>(min64(kRows, l.group - d.head_tile * kRows));
 
   // --- Shared memory ---
   const DecodePlainSharedSizes sizes(kRows, head_dim);
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
   }
   __syncthreads();
   if (d.appends) {
-    const int64_t slot = d.position % p.capacity;
+    const int64_t slot = ring_slot(p, d.position);
     for (int dim = thread; dim < head_dim; dim += kThreads) {
       store_global(static_cast<T*>(p.ring_k) + d.batch * p.ring_k_stride.batch +
                        d.kv_head * p.ring_k_stride.head + slot * p.ring_k_stride.seq + dim,
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
     auto load = [&](const void* data, const Strides& s, const SharedArray<float>& own, int first,
                     int width, bool rotated) {
       const T* rows = static_cast<const T*>(data) + d.batch * s.batch + d.kv_head * s.head;
-      const int64_t first_slot = tile.global ? tile.first : tile.first % p.capacity;
+      const int64_t first_slot = tile.global ? tile.first : ring_slot(p, tile.first);
       const int64_t slots = tile.global ? p.n_global : p.capacity;
       __syncthreads();  // the last use of what stood here
       for (int i = thread; i < kDecodeTileKeys * width; i += kThreads) {

@@ -5,12 +5,13 @@
 //
 // Schedule: a block takes one row, one key head with up to 16 of its query heads packed into one
 // tile (each key is read once for all of them), and one split of the keys. Its warps take 16 keys
-// at a time, each with its own two stages of shared memory and its own softmax, so that the loop
-// has no block barrier. At the end the warps' results are merged, and the splits' by a second
-// kernel. The new token is put into its tile from shared memory: nobody reads the slots being
-// written.
+// at a time, each with its own stages of shared memory and its own softmax, so that the loop has no
+// block barrier; all stages are under way before anything else. At the end the warps' results are
+// merged, and the splits' by a second kernel. The new token is put into its tile from shared
+// memory: nobody reads the slots being written.
 #include "attend.cuh"
 #include "lambda_decode.h"
+#include "ptx_grid.cuh"
 
 namespace lminf::cuda {
 namespace {
@@ -66,42 +67,65 @@ LMINF_DEVICE void issue_tile(const DecodeLaunch& l, const DecodeBlock& d, const 
   using T = typename Traits::Element;
   using Tile = typename Traits::KeyTile;
   const LambdaDecodeParams& p = l.p;
-  const Strides& k_stride = tile.global ? p.global_k_stride : p.ring_k_stride;
-  const Strides& v_stride = tile.global ? p.global_v_stride : p.ring_v_stride;
-  const T* k = static_cast<const T*>(tile.global ? p.global_k : p.ring_k) +
-               d.batch * k_stride.batch + d.kv_head * k_stride.head;
-  const T* v = static_cast<const T*>(tile.global ? p.global_v : p.ring_v) +
-               d.batch * v_stride.batch + d.kv_head * v_stride.head;
-  const int64_t first_slot = tile.global ? tile.first : tile.first % p.capacity;
+  const int64_t first_slot = tile.global ? tile.first : ring_slot(p, tile.first);
   const int64_t slots = tile.global ? p.n_global : p.capacity;
-#pragma unroll 4
-  for (int piece = lane; piece < kDecodeTileKeys * Tile::kChunks; piece += kWarpSize) {
-    const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
-    const bool there =
-        row < tile.keys && tile.first + row != d.position && chunk * Tile::kChunk < p.head_dim;
-    const int64_t slot = first_slot + row < slots ? first_slot + row : first_slot + row - slots;
-    ptx::copy_async(k_tile.address(row, chunk),
-                    there ? k + slot * k_stride.seq + chunk * Tile::kChunk : k, there);
-    ptx::copy_async(v_tile.address(row, chunk),
-                    there ? v + slot * v_stride.seq + chunk * Tile::kChunk : v, there);
+  // A lane takes one chunk of every so many rows. From `wrap` on they stand at the ring's start.
+  lane = recomputed(lane);
+  static_assert(kWarpSize % Tile::kChunks == 0, "lanes share out whole rows");
+  constexpr int kStep = kWarpSize / Tile::kChunks;
+  const int first_row = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
+  const int keys = chunk * Tile::kChunk < p.head_dim ? tile.keys : 0;
+  const int own = static_cast<int>(min64(d.position - tile.first, kDecodeTileKeys));
+  const int wrap = static_cast<int>(min64(slots - first_slot, 2 * kDecodeTileKeys));
+  // Where a lane stands in keys or values, and in bytes how far its rows and the ring's ends are
+  // from each other.
+  struct Place {
+    const char* row;
+    int64_t step, round;
+  };
+  auto place = [&](const void* data, const Strides& stride) {
+    const int64_t row_bytes = stride.seq * static_cast<int64_t>(sizeof(T));
+    const int64_t slot = first_slot + first_row - (first_row >= wrap ? slots : 0);
+    return Place{
+        reinterpret_cast<const char*>(static_cast<const T*>(data) + d.batch * stride.batch +
+                                      d.kv_head * stride.head + chunk * Tile::kChunk) +
+            slot * row_bytes,
+        kStep * row_bytes, slots * row_bytes};
+  };
+  Place k = tile.global ? place(p.global_k, p.global_k_stride) : place(p.ring_k, p.ring_k_stride);
+  Place v = tile.global ? place(p.global_v, p.global_v_stride) : place(p.ring_v, p.ring_v_stride);
+#pragma unroll
+  for (int n = 0; n < kDecodeTileKeys / kStep; ++n) {
+    const int row = first_row + n * kStep;
+    if (n > 0) {
+      k.row += k.step;
+      v.row += v.step;
+      if (row >= wrap && row < wrap + kStep) {
+        k.row -= k.round;
+        v.row -= v.round;
+      }
+    }
+    const bool there = row < keys && row != own;
+    ptx::copy_async(k_tile.address(row, chunk), k.row, there);
+    ptx::copy_async(v_tile.address(row, chunk), v.row, there);
   }
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, kDecodeSm80Blocks)
     lambda_decode_sm80_kernel(const DecodeLaunch l) {
   using T = typename Traits::Element;
   using KeyTile = typename Traits::KeyTile;
   using QTile = typename Traits::QTile;
   using NewTile = typename Traits::NewTile;
   constexpr int kChunks = QTile::kChunks, kChunk = QTile::kChunk;
+  ptx::grid_launch_dependents();  // what merges the splits may take its place and wait there
   const LambdaDecodeParams& p = l.p;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const DecodeBlock d = decode_block(l, blockIdx.x);
-  const int64_t group = p.heads_q / p.heads_kv;
-  const int64_t first_head = d.kv_head * group + d.head_tile * kDecodeRows;
-  const int heads = static_cast<int>(min64(kDecodeRows, group - d.head_tile * kDecodeRows));
+  const int64_t first_head = d.kv_head * l.group + d.head_tile * kDecodeRows;
+  const int heads = static_cast<int>(min64(kDecodeRows, l.group - d.head_tile * kDecodeRows));
 
   const QTile q_tile(0);
   const NewTile new_tile(Traits::kNewStart);
@@ -113,12 +137,16 @@ __global__ void __launch_bounds__(Traits::kThreads)
     return KeyTile(warp_start + (static_cast<int>(i % kDecodeStages) * 2 + 1) * KeyTile::kBytes);
   };
 
-  // --- The first keys are under way before anything else ---
+  // --- The first keys ---
   auto tile_at = [&](int64_t i) { return decode_tile(d, d.tiles.lo + warp + i * Traits::kWarps); };
   const int64_t rounds =
       max64(0, ceil_div(d.tiles.hi - d.tiles.lo - warp, Traits::kWarps));  // this warp's
-  if (rounds > 0) issue_tile<Traits>(l, d, tile_at(0), k_stage(0), v_stage(0), lane);
-  ptx::copy_async_commit();
+  auto issue = [&](int64_t i) {
+    if (i < rounds) issue_tile<Traits>(l, d, tile_at(i), k_stage(i), v_stage(i), lane);
+    ptx::copy_async_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kDecodeStages; ++i) issue(i);
 
   // --- q and the new token, rotated; the token is written to its slots ---
   if (d.position >= 0) {
@@ -159,7 +187,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     __syncthreads();
     if (d.appends) {
-      const int64_t slot = d.position % p.capacity;
+      const int64_t slot = ring_slot(p, d.position);
       for (int i = thread; i < 2 * kChunks; i += Traits::kThreads) {
         const bool is_key = i < kChunks;
         const int chunk = i % kChunks;
@@ -174,7 +202,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
 
-  // --- This warp's tiles, the next one always under way ---
+  // --- This warp's tiles, the next ones always under way ---
   WarpState<Traits::kHeadDim, 1> state;
   const Scoring scoring(p.score);
   // Of this lane's rows; a row without a head computes what the last one does, for nobody.
@@ -182,11 +210,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const float slopes[2] = {alibi_slope(p.score, head_of(0)), alibi_slope(p.score, head_of(1))};
   for (int64_t i = 0; i < rounds; ++i) {
     const DecodeTile tile = tile_at(i);
-    __syncwarp();  // everybody has left the stage about to be filled
-    if (i + 1 < rounds)
-      issue_tile<Traits>(l, d, tile_at(i + 1), k_stage(i + 1), v_stage(i + 1), lane);
-    ptx::copy_async_commit();
-    ptx::copy_async_wait<1>();
+    ptx::copy_async_wait<kDecodeStages - 1>();
     __syncwarp();
     const int64_t own_row = d.position - tile.first;
     if (tile.global) {
@@ -211,6 +235,8 @@ __global__ void __launch_bounds__(Traits::kThreads)
                           tile.keys};
     attend<kDecodeTileKeys>(state, rows, tile.keys == kDecodeTileKeys, q_tile, 0, k_stage(i),
                             v_stage(i), lane);
+    __syncwarp();  // everybody has left the stage about to be filled
+    issue(i + kDecodeStages);
   }
   ptx::copy_async_wait<0>();
   __syncwarp();
@@ -239,13 +265,15 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int head_dim = static_cast<int>(p.head_dim);
   for (int i = thread; i < heads * head_dim; i += Traits::kThreads) {
     const int row = i / head_dim, dim = i % head_dim;
-    SoftmaxState total = empty_softmax();
+    SoftmaxState state[Traits::kWarps];
+    float weights[Traits::kWarps];
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) state[w] = states[w * kDecodeRows + row];
+    const SoftmaxState total = merge_all(state, weights);
     float out = 0.0f;
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {
-      const SoftmaxMerge both = merge(total, states[w * kDecodeRows + row]);
-      out = out * both.weight_a + outs(w)[row * Traits::kHeadDim + dim] * both.weight_b;
-      total = both.state;
+      out = fmaf(outs(w)[row * Traits::kHeadDim + dim], weights[w], out);
     }
     store_decoded<T>(l, d, first_head + row, dim, out, total);
   }

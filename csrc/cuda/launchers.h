@@ -18,6 +18,10 @@ struct DeviceFacts {
   int multiprocessors = 1;
   bool has_sm90a = true;  // whether there is code for sm_90a: in this build, for a device that is
                           // there; in builds in general, for one that is described
+  bool has_sm90 = true;   // whether the code that it runs was compiled for 9.0 or later
+
+  // Programmatic dependent launch: the device has it, and so has the code.
+  bool overlaps_launches() const { return capability >= 90 && has_sm90; }
 };
 // Of one device; asking for them takes no time and no synchronisation.
 DeviceFacts device_facts(int device);
@@ -32,7 +36,7 @@ enum class AttnKernel : int32_t {
 const char* name_of(AttnKernel kernel);
 
 AttnKernel lambda_attn_kernel(const LambdaAttnParams& params, const DeviceFacts& device);
-AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params, int capability);
+AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params);
 
 // How a call is cut, and the device memory that it needs while it runs: keys rotated once, or the
 // partial results of splits. Neither these nor the kernel depend on what stands in device

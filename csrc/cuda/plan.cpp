@@ -5,12 +5,9 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int64_t kAlignment = 256;
-// Blocks per multiprocessor that keep its memory pipes busy, and rounds that a block's four warps
-// should at least have between them, lest merging costs more than it wins.
-constexpr int64_t kBlocksPerMultiprocessor = 4;
+// Tiles that a block's four warps should at least have between them, lest merging costs more than
+// it wins.
 constexpr int64_t kLeastTiles = 8;
-
-int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
@@ -56,6 +53,23 @@ bool hopper_covers(const LambdaAttnParams& p) {
                         fits_tma(p.global_k, p.global_k_stride, p.batch, p.heads_kv, p.n_global)));
 }
 
+// Blocks of a multiprocessor that its shared memory has room for, 1 KiB of each the system's.
+int64_t blocks_in_shared(const DeviceFacts& device, int shared_bytes) {
+  int kibibytes = 100;
+  switch (device.capability) {
+    case 80:
+    case 87:
+      kibibytes = 164;
+      break;
+    case 90:
+    case 100:
+    case 103:
+    case 110:
+      kibibytes = 228;
+  }
+  return max64(1, 1024 * kibibytes / (shared_bytes + 1024));
+}
+
 }  // namespace
 
 const char* name_of(AttnKernel kernel) {
@@ -80,7 +94,7 @@ AttnKernel lambda_attn_kernel(const LambdaAttnParams& p, const DeviceFacts& devi
   return hopper ? AttnKernel::kHopper : AttnKernel::kTensorCore;
 }
 
-AttnKernel lambda_decode_kernel(const LambdaDecodeParams& p, [[maybe_unused]] int capability) {
+AttnKernel lambda_decode_kernel(const LambdaDecodeParams& p) {
   const bool tensor_core =
       fits_tensor_cores(p.dtype, p.head_dim) && aligned(p.q, p.q_stride, false) &&
       aligned(p.k, p.k_stride, false) && aligned(p.v, p.v_stride, false) &&
@@ -96,12 +110,19 @@ AttnWorkspace attn_workspace(const LambdaAttnParams& p) {
     region = {w.bytes, batch, rows};
     w.bytes += aligned_up(batch * p.heads_kv * rows * p.head_dim * element_bytes(p.dtype));
   };
-  add(w.window, p.batch, p.seqlen_k);
+  // Positions may start anywhere; which keys the windows reach does not depend on it.
+  w.first_window_key = window_branch({0, p.seqlen_k}, p.window)
+                           .visible_keys({p.seqlen_k - p.seqlen_q, p.seqlen_k})
+                           .lo;
+  add(w.window, p.batch, p.seqlen_k - w.first_window_key);
   if (own_globals(p)) {
     if (may_have_near(p)) add(w.near, p.batch, p.n_global);
     if (may_have_far(p)) add(w.far, p.batch, p.n_global);
-  } else if (may_have_far(p)) {
-    const int64_t globals = min64(p.n_global, p.seqlen_k);
+    return w;
+  }
+  const int64_t globals = min64(p.n_global, p.seqlen_k);
+  if (may_have_near(p) && w.first_window_key > 0) add(w.near, p.batch, globals);
+  if (may_have_far(p)) {
     w.far_per_row = p.cu_seqlens != nullptr && p.n_sequences * globals > p.seqlen_k;
     const int64_t worlds = p.cu_seqlens != nullptr && !w.far_per_row ? p.n_sequences : p.batch;
     add(w.far, worlds, w.far_per_row ? p.seqlen_k : globals);
@@ -143,15 +164,32 @@ KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device
   return plan;
 }
 
-DecodeShape decode_shape(const LambdaDecodeParams& p, int multiprocessors) {
+DecodeShape decode_shape(const LambdaDecodeParams& p, const DeviceFacts& device) {
   DecodeShape shape;
-  shape.rows = decode_plain_rows(p.head_dim);
+  shape.kernel = lambda_decode_kernel(p);
+  const int head_dim = static_cast<int>(p.head_dim);
+  int most_blocks = kDecodePlainBlocks;
+  if (shape.kernel == AttnKernel::kTensorCore) {
+    const int built = decode_sm80_head_dim(head_dim);
+    shape.mends = p.score.distance_bias != nullptr;
+    shape.threads = decode_sm80_warps(built) * kWarpSize;
+    shape.shared_bytes = decode_sm80_shared_bytes(built);
+    most_blocks = kDecodeSm80Blocks;
+  } else {
+    shape.rows = decode_plain_rows(head_dim);
+    shape.threads = decode_plain_warps(shape.rows) * kWarpSize;
+    shape.shared_bytes = DecodePlainSharedSizes(shape.rows, head_dim).bytes(head_dim);
+  }
   shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, shape.rows);
+
+  // As many blocks as the device holds at once: those of a second round would only begin to ask for
+  // keys when the first ones are done. Rounded up, so that no warp takes a round more than another.
   const int64_t most_tiles = ceil_div(min64(p.window, p.capacity), kDecodeTileKeys) +
                              ceil_div(p.n_global, kDecodeTileKeys);
+  const int64_t useful = most_tiles < 2 * kLeastTiles ? 1 : ceil_div(most_tiles, kLeastTiles);
   const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
-  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / blocks;
-  shape.splits = max64(1, min64(wanted, most_tiles / kLeastTiles));
+  const int64_t resident = min64(most_blocks, blocks_in_shared(device, shape.shared_bytes));
+  shape.splits = max64(1, min64(resident * device.multiprocessors / blocks, useful));
   if (shape.splits > 1) {
     constexpr int64_t kStateBytes = 8;
     const int64_t parts = p.batch * p.heads_q * shape.splits;
@@ -165,23 +203,16 @@ KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& de
   check_head_dim("lambda_decode", p.head_dim);
   KernelPlan plan;
   if (p.batch == 0 || p.heads_q == 0) return plan;
-  const DecodeShape shape = decode_shape(p, device.multiprocessors);
-  const AttnKernel kernel = lambda_decode_kernel(p, device.capability);
-  const int head_dim = static_cast<int>(p.head_dim);
-  if (kernel == AttnKernel::kTensorCore) {
-    const int built = decode_sm80_head_dim(head_dim);
-    plan.threads = decode_sm80_warps(built) * kWarpSize;
-    plan.shared_bytes = decode_sm80_shared_bytes(built);
-  } else {
-    plan.threads = decode_plain_warps(shape.rows) * kWarpSize;
-    plan.shared_bytes = DecodePlainSharedSizes(shape.rows, head_dim).bytes(head_dim);
-  }
-  plan.kernel = name_of(kernel);
+  const DecodeShape shape = decode_shape(p, device);
+  plan.kernel = name_of(shape.kernel);
   plan.block_m = shape.rows;
   plan.block_n = kDecodeTileKeys;
   plan.splits = shape.splits;
+  plan.overlaps = device.overlaps_launches() && (shape.splits > 1 || shape.mends);
   plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
   check_blocks("lambda_decode", plan.blocks);
+  plan.threads = shape.threads;
+  plan.shared_bytes = shape.shared_bytes;
   plan.workspace_bytes = shape.workspace_bytes;
   return plan;
 }
@@ -189,6 +220,7 @@ KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& de
 MiddleShape middle_shape(const MiddleTopkParams& p, int multiprocessors) {
   check_head_dim("middle_topk", p.head_dim);
   constexpr int64_t kLeastKeys = 1024;  // of a split
+  constexpr int64_t kBlocksPerMultiprocessor = 4;
   MiddleShape shape;
   shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, kMiddleHeads);
   const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);

@@ -90,13 +90,17 @@ struct Region {
   bool used() const { return batch > 0; }
 };
 
-// Which rotated keys the workspace holds, and where.
+// Which rotated keys the workspace holds, and where: those that some query meets, so that many keys
+// before a few queries cost nothing.
 struct AttnWorkspace {
   Region window, near, far;
-  bool far_per_row = false;  // far keys stand row by row as in k, not by position
+  int64_t first_window_key = 0;  // of k, that the window region starts with
+  bool far_per_row = false;      // far keys stand row by row as in k, not by position
   int64_t bytes = 0;
 };
 AttnWorkspace attn_workspace(const LambdaAttnParams& params);
+
+constexpr int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 inline bool own_globals(const LambdaAttnParams& p) { return p.global_k != nullptr; }
 
@@ -120,19 +124,23 @@ constexpr int kDecodeRows = 16;      // query heads of one key head in one tile
 constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 
 struct DecodeShape {
+  AttnKernel kernel = AttnKernel::kPlain;
+  bool mends = false;      // with one split too, a kernel comes after it
   int rows = kDecodeRows;  // query heads of a tile
+  int threads = 0, shared_bytes = 0;
   int64_t head_tiles = 1;  // tiles per key head
   int64_t splits = 1;
   int64_t state_bytes = 0;      // of the splits' softmax states, at the workspace's start
   int64_t workspace_bytes = 0;  // of these and the splits' outputs
 };
-DecodeShape decode_shape(const LambdaDecodeParams& params, int multiprocessors);
+DecodeShape decode_shape(const LambdaDecodeParams& params, const DeviceFacts& device);
 
 // Of the tensor-core kernels (lambda_decode_sm80.cu), the smallest that covers a head dim.
 constexpr int decode_sm80_head_dim(int64_t head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 constexpr int decode_sm80_warps(int head_dim) { return head_dim <= 128 ? 4 : 2; }
+constexpr int kDecodeSm80Blocks = 3;  // of a multiprocessor, as far as registers go
 constexpr int kDecodeStages = 2;
 constexpr int decode_sm80_warp_bytes(int head_dim) {  // a warp's stages of keys and values
   return kDecodeStages * 2 * kDecodeTileKeys * head_dim * 2;
@@ -148,6 +156,7 @@ constexpr int decode_plain_rows(int64_t head_dim) {
   return head_dim <= kManyDims ? kDecodeRows : 4;
 }
 constexpr int decode_plain_warps(int rows) { return rows == kDecodeRows ? 4 : 2; }
+constexpr int kDecodePlainBlocks = 4;
 
 struct DecodePlainSharedSizes {
   static constexpr int kKeyPitch = kPlainPiece + 1;  // odd: the lanes' keys in different banks

@@ -415,21 +415,6 @@ LMINF_DEVICE void registers_decrease() {
 #endif
 }
 
-// Programmatic dependent launch (LaunchShape::overlaps): waits until the kernels before this one
-// are done and their writes visible; tells the device that the kernel after this one may start.
-LMINF_DEVICE void grid_wait() {
-#if defined(LMINF_EMULATION)
-  emulation::grid_wait();
-#else
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-LMINF_DEVICE void grid_launch_dependents() {
-#if !defined(LMINF_EMULATION)
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-
 }  // namespace lminf::cuda::ptx
 
 #undef LMINF_CALLER

@@ -22,10 +22,12 @@ struct RotateParams {
   int64_t head_dim = 0;
   RopeParams rope;
   int64_t copied_rows = 0;  // so many leading rows are copied as they are
+  int64_t first_row = 0;    // row 0 of x and out is so many rows behind its sequence's start
 
   // Position of row n of batch entry b: position_ids[b * stride + n] when given, else
   // fixed_position when has_fixed_position, else n counted from its sequence's start
-  // (cu_seqlens), else start[b] + n. Then clamped to at most max_position.
+  // (cu_seqlens), else start[b] + first_row + n, or the one that rows_are_positions names. Then
+  // clamped to at most max_position.
   const int64_t* position_ids = nullptr;
   int64_t position_batch_stride = 0;
   bool has_fixed_position = false;

@@ -265,10 +265,22 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def("middle_topk", &middle_topk);
   m.def(
       "set_device",
-      [](int capability, int multiprocessors, bool has_sm90a) {
-        set_device({capability, multiprocessors, has_sm90a});
+      [](int capability, int multiprocessors, bool has_sm90a, bool has_sm90) {
+        set_device({capability, multiprocessors, has_sm90a, has_sm90});
       },
       py::arg("capability") = Device().capability,
       py::arg("multiprocessors") = Device().multiprocessors,
-      py::arg("has_sm90a") = Device().has_sm90a);
+      py::arg("has_sm90a") = Device().has_sm90a, py::arg("has_sm90") = Device().has_sm90);
+  m.def(
+      "take_launches",
+      [] {
+        py::list all;
+        for (const LaunchRecord& launch : take_launches()) {
+          all.append(
+              py::dict(py::arg("kernel") = launch.kernel, py::arg("overlaps") = launch.overlaps,
+                       py::arg("blocks") = launch.blocks, py::arg("triggered") = launch.triggered));
+        }
+        return all;
+      },
+      "The launches since the last call of this.");
 }

@@ -257,12 +257,13 @@ void for_each_run(const Box& box, Use use) {
 }
 
 Box make_box(Site site, const TensorMap& map, uint32_t shared, Coordinates first,
-             const char* access) {
+             const char* access, bool writes) {
   if (map.magic != kMapMagic) fault(show(site) + ": this is no tensor map");
   const Box box{map, first, shared};
   check_shared(site, shared, box.bytes(), std::max<uint32_t>(128, 8 * map.swizzle_bytes));
-  for_each_run(
-      box, [&](const unsigned char* begin, size_t bytes) { check_global(begin, bytes, access); });
+  for_each_run(box, [&](const unsigned char* begin, size_t bytes) {
+    check_global(begin, bytes, access, writes);
+  });
   return box;
 }
 
@@ -608,7 +609,7 @@ void tma_load(Site site, uint32_t target, const TensorMap& map, uint32_t barrier
   Load load;
   load.site = site;
   load.target = target;
-  load.box = make_box(site, map, target, coordinates, "TMA load");
+  load.box = make_box(site, map, target, coordinates, "TMA load", false);
   load.bytes = load.box.bytes();
   issue(load, barrier);
 }
@@ -637,7 +638,7 @@ void tma_store(Site site, const TensorMap& map, uint32_t source, Coordinates coo
   PerThread& thread = engines_in_use().threads[thread_number()];
   Store& store = thread.stores.emplace_back();
   store.site = site;
-  store.box = make_box(site, map, source, coordinates, "TMA store");
+  store.box = make_box(site, map, source, coordinates, "TMA store", true);
   store.group = thread.open_group;
   for (uint32_t at = source; at < source + store.box.bytes(); at += kChunk) {
     check_not_loading(site, at);

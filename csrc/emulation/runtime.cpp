@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -89,6 +90,10 @@ class Queue {
 
 constexpr size_t kMaxCopiesInFlight = 512;  // of one thread
 
+// What ThreadSanitizer synchronises by. Set once a thread past grid_wait has released it in the
+// running block: who acquires it then is past grid_wait too.
+using Token = char;
+
 struct AsyncCopy {
   unsigned char* target;
   const unsigned char* source;
@@ -106,6 +111,7 @@ struct Thread {
   Site site{};
   Queue<AsyncCopy> copies;
   uint64_t open_group = 0;
+  bool past_grid_wait = true;
 };
 
 // `tokens` alternate, so that a thread that leaves late does not see what others did after it.
@@ -114,7 +120,7 @@ struct Barrier {
   unsigned expected = 0;
   unsigned arrived = 0;  // without waiting
   uint64_t phase = 0;
-  char tokens[2] = {};
+  Token tokens[2] = {};
 };
 
 struct Warp {
@@ -122,13 +128,32 @@ struct Warp {
   Site site{};
   uint64_t phase = 0;
   WarpWords in[2], out[2];
-  char tokens[2] = {};
+  Token tokens[2] = {};
 };
 
 struct Global {
   uintptr_t begin, end;
   std::string name;
 };
+
+struct Span {
+  uintptr_t begin, end;
+};
+
+// Sorts, and makes one of those that touch.
+void join(std::vector<Span>& spans) {
+  std::sort(spans.begin(), spans.end(),
+            [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  size_t kept = 0;
+  for (const Span& span : spans) {
+    if (kept > 0 && span.begin <= spans[kept - 1].end) {
+      spans[kept - 1].end = std::max(spans[kept - 1].end, span.end);
+    } else {
+      spans[kept++] = span;
+    }
+  }
+  spans.resize(kept);
+}
 
 struct Free {
   void operator()(unsigned char* p) const { std::free(p); }
@@ -154,7 +179,9 @@ struct Launch {
   Thread* running = nullptr;
   Fiber caller;
   unsigned n_done = 0;  // threads of the running block
-  bool overlaps = false, waited_for_grid = false;
+  bool overlaps = false;
+  bool waited_for_grid = false, triggered = false;  // by the running block
+  std::vector<Span> written;                        // global memory
   bool shuffled = false;
   std::mt19937_64 random;
   std::vector<Bytes> shared;  // the running block's last; earlier ones kept for ThreadSanitizer
@@ -232,6 +259,8 @@ thread_local std::deque<Thread> pool;
 uint64_t schedule_seed = 0;
 Device the_device;
 std::vector<Global> globals;
+std::vector<Span> in_flight;  // what kernels that may still run have written, joined
+std::vector<LaunchRecord> records;
 
 Launch& here() {
   if (current == nullptr || current->running == nullptr) {
@@ -276,14 +305,18 @@ void run_block(Launch& l, Index3 index) {
     w.waiting.clear();
     w.phase = 0;
   }
+  auto reset = [](auto& tokens) { tokens[0] = tokens[1] = 0; };
+  for (Warp& w : l.warps) reset(w.tokens);
   l.block_barrier.waiting.clear();
+  reset(l.block_barrier.tokens);
   for (Barrier& b : l.named) {
     b.waiting.clear();
     b.arrived = 0;
+    reset(b.tokens);
   }
   l.ready.clear();
   l.n_done = 0;
-  l.waited_for_grid = false;
+  l.waited_for_grid = l.triggered = false;
   engines::start_block();
   for (unsigned i = 0; i < l.n_threads; ++i) {
     Thread& t = (*l.threads)[i];
@@ -292,6 +325,7 @@ void run_block(Launch& l, Index3 index) {
     t.state = State::kReady;
     t.copies.clear();
     t.open_group = 0;
+    t.past_grid_wait = !l.overlaps;
     t.fiber.prepare(thread_entry);
     l.ready.push(&t);
   }
@@ -353,6 +387,10 @@ void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, 
     throw Fault(std::string("kernel ") + kernel + ": grid " + show(grid) + " of blocks " +
                 show(block) + " is no launch a GPU accepts");
   }
+  if (overlaps && (the_device.capability < 90 || !the_device.has_sm90)) {
+    throw Fault(std::string("kernel ") + kernel +
+                ": launches overlap on compute capability 9.0 and up, in code for it");
+  }
   l.warps = std::vector<Warp>((l.n_threads + kWarpSize - 1) / kWarpSize);
   while (pool.size() < l.n_threads) pool.emplace_back();
   for (Thread& t : pool) t.copies.reserve(kMaxCopiesInFlight);
@@ -366,13 +404,18 @@ void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, 
   std::vector<uint64_t> order(n_blocks);
   for (uint64_t i = 0; i < n_blocks; ++i) order[i] = i;
   if (l.shuffled) std::shuffle(order.begin(), order.end(), l.random);
+  if (!overlaps) in_flight.clear();
+  join(in_flight);
+  records.push_back({kernel, overlaps, n_blocks, 0});
   current = &l;
   for (uint64_t i : order) {
     run_block(l, {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                   static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))});
     if (!l.error.empty()) break;
+    records.back().triggered += l.triggered;
   }
   current = nullptr;
+  in_flight.insert(in_flight.end(), l.written.begin(), l.written.end());
   happens_after(&l.end_token);
   if (!l.error.empty()) throw Fault(l.error);
 }
@@ -425,8 +468,8 @@ void index_fault(const char* what, int64_t index, int64_t size) {
 void sync_threads(Site site) {
   Launch& l = here();
   Barrier& b = l.block_barrier;
-  void* token = &b.tokens[b.phase & 1];
-  happens_before(token);
+  Token* token = &b.tokens[b.phase & 1];
+  release(token);
   if (!b.waiting.empty()) {
     const Thread* other = b.waiting[0];
     if (other->site.line != site.line || std::strcmp(other->site.file, site.file) != 0) {
@@ -443,7 +486,7 @@ void sync_threads(Site site) {
     b.waiting.push(l.running);
     l.wait(site);
   }
-  happens_after(token);
+  acquire(token);
 }
 
 void named_barrier(Site site, unsigned id, unsigned threads, bool waits) {
@@ -458,8 +501,8 @@ void named_barrier(Site site, unsigned id, unsigned threads, bool waits) {
           " threads expected here, " + std::to_string(b.expected) + " by those that came before");
   }
   b.expected = threads;
-  void* token = &b.tokens[b.phase & 1];
-  happens_before(token);
+  Token* token = &b.tokens[b.phase & 1];
+  release(token);
   if (b.waiting.size() + b.arrived + 1 == threads) {
     ++b.phase;
     b.arrived = 0;
@@ -470,7 +513,7 @@ void named_barrier(Site site, unsigned id, unsigned threads, bool waits) {
   } else {
     ++b.arrived;
   }
-  if (waits) happens_after(token);
+  if (waits) acquire(token);
 }
 
 void warp_collective(Site site, uint32_t mask, const uint32_t* in, int n_in, uint32_t* out,
@@ -509,10 +552,10 @@ void ballot_words(const WarpWords& in, WarpWords& out) {
 void sync_warp(Site site, uint32_t mask) {
   Launch& l = here();
   Warp& w = l.warps[l.running->linear / kWarpSize];
-  void* token = &w.tokens[w.phase & 1];
-  happens_before(token);
+  Token* token = &w.tokens[w.phase & 1];
+  release(token);
   warp_collective(site, mask, nullptr, 0, nullptr, 0, nullptr);
-  happens_after(token);
+  acquire(token);
 }
 
 void copy_async(uint32_t address, const void* source, uint32_t bytes, uint32_t valid) {
@@ -547,7 +590,15 @@ void copy_async_wait(int newest_groups_left) {
 unsigned thread_number() { return here().running->linear; }
 unsigned block_threads() { return here().n_threads; }
 size_t shared_size() { return here().shared_bytes; }
-void grid_wait() { here().waited_for_grid = true; }
+
+void grid_wait() {
+  here().waited_for_grid = true;
+  here().running->past_grid_wait = true;
+}
+
+void grid_launch_dependents() { here().triggered = true; }
+
+std::vector<LaunchRecord> take_launches() { return std::exchange(records, {}); }
 
 uint64_t random_below(uint64_t n) {
   Launch& l = *current;  // the engines ask as well, between two threads
@@ -584,8 +635,15 @@ std::string show(Site s) {
   return out.str();
 }
 
-void release(void* token) { happens_before(token); }
-void acquire(void* token) { happens_after(token); }
+void release(char* token) {
+  happens_before(token);
+  if (here().running->past_grid_wait) *token = 1;
+}
+
+void acquire(char* token) {
+  happens_after(token);
+  if (*token != 0) here().running->past_grid_wait = true;
+}
 
 #if defined(LMINF_THREAD_SANITIZER)
 Unwatched::Unwatched() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }
@@ -644,9 +702,38 @@ void register_global(const void* begin, size_t bytes, const char* name) {
 
 void clear_globals() { globals.clear(); }
 
-void check_global(const void* address, size_t bytes, const char* what) {
-  if (globals.empty()) return;
+namespace {
+
+// Holds an access against the kernels that may still run, and remembers it for those to come.
+void check_overlap(Launch& l, Span access, const char* what, bool writes) {
+  if (!l.running->past_grid_wait) {
+    if (writes) {
+      fault(std::string(what) + " before grid_wait: a kernel that may still run may read there");
+    }
+    const auto after =
+        std::upper_bound(in_flight.begin(), in_flight.end(), access.begin,
+                         [](uintptr_t begin, const Span& written) { return begin < written.end; });
+    if (after != in_flight.end() && after->begin < access.end) {
+      fault(std::string(what) + " of what a kernel before this one writes, with no grid_wait " +
+            "before it");
+    }
+  }
+  if (!writes) return;
+  if (!l.written.empty() && l.written.back().end == access.begin) {
+    l.written.back().end = access.end;
+  } else {
+    l.written.push_back(access);
+  }
+}
+
+}  // namespace
+
+void check_global(const void* address, size_t bytes, const char* what, bool writes) {
+  const Unwatched unwatched;
+  Launch& l = here();
   const uintptr_t at = reinterpret_cast<uintptr_t>(address);
+  check_overlap(l, {at, at + bytes}, what, writes);
+  if (globals.empty()) return;
   for (const Global& g : globals) {
     if (at >= g.begin && at + bytes <= g.end) return;
   }

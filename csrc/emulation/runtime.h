@@ -49,14 +49,29 @@ struct Device {
   int capability = 80;
   int multiprocessors = 4;
   bool has_sm90a = true;  // whether the build is taken to hold code for sm_90a
+  bool has_sm90 = true;   // and any for sm_90 or later
 };
 Device device();
 void set_device(Device device);
 
-// Runs `body` once per thread. Throws Fault. `overlaps`: the launch may start before the one before
-// it has ended, so some thread of each block must call grid_wait.
+// Runs `body` once per thread. Throws Fault. `overlaps`: the launch may start as soon as all blocks
+// of the one before it have called grid_launch_dependents or ended, and that is sure of nothing
+// that any kernel since the last launch without it has written, be it before or after that call.
+// So until a thread has called grid_wait, or has met one that did at a barrier, reading such memory
+// is a fault, and so is every write: those kernels may still read there. Some thread of each block
+// must call grid_wait.
 void launch(const char* kernel, Index3 grid, Index3 block, size_t shared_bytes, bool overlaps,
             const std::function<void()>& body);
+
+// What was launched, for tests that ask whether launches overlap.
+struct LaunchRecord {
+  std::string kernel;
+  bool overlaps;
+  uint64_t blocks;
+  uint64_t triggered;  // blocks that called grid_launch_dependents
+};
+// The launches since the last call of this.
+std::vector<LaunchRecord> take_launches();
 
 // --- What the running thread may ask, inside a launch ---
 
@@ -79,6 +94,7 @@ void sync_threads(Site site);
 // Named barrier: `threads` of them, from anywhere; `waits` false: bar.arrive.
 void named_barrier(Site site, unsigned id, unsigned threads, bool waits = true);
 void grid_wait();
+void grid_launch_dependents();
 
 // A warp collective: each lane gives `n_in` words; when all 32 have come, `complete` turns all
 // lanes' words into all lanes' results; each lane takes `n_out` words back. Orders no memory.
@@ -125,9 +141,10 @@ void wake(WaitList& list);
 void fail(unsigned thread, const std::string& message);
 std::string show(Site site);
 
-// To ThreadSanitizer: what came before a release is seen by who acquires the same token later.
-void release(void* token);
-void acquire(void* token);
+// What came before a release is seen by who acquires the same token later. A token starts a block
+// as 0.
+void release(char* token);
+void acquire(char* token);
 
 // ThreadSanitizer takes no notice of what the running thread does while one of these lives: its
 // bookkeeping is not the kernel's.
@@ -157,6 +174,6 @@ class Agent {
 // must lie inside one of them.
 void register_global(const void* begin, size_t bytes, const char* name);
 void clear_globals();
-void check_global(const void* address, size_t bytes, const char* what);
+void check_global(const void* address, size_t bytes, const char* what, bool writes = false);
 
 }  // namespace lminf::emulation

@@ -56,7 +56,6 @@ enum class Planted {
   // the block
   kNoBarrierBeforeWgmma,
   kBarrierLeftHalfway,
-  kNoGridWait,
 };
 
 constexpr int kTile = 64;  // rows and columns of both operands
@@ -84,7 +83,6 @@ void squares(const cuda::TensorMap a, const cuda::TensorMap out) {
     if (!planted(Planted::kNoInitFence)) fence_barrier_init();
   }
   __syncthreads();
-  if (!planted(Planted::kNoGridWait)) grid_wait();
 
   if (thread >= kConsumers) {
     if (!elect_one()) return;
@@ -215,7 +213,7 @@ Outcome run(uint64_t seed = 0) {
   if (kPlanted == Planted::kMapOfAnotherSwizzle) map.swizzle_bytes = 64;
   Outcome outcome;
   try {
-    cuda::launch("squares", squares<kPlanted>, {1, kThreads, kSharedBytes, true}, nullptr, map,
+    cuda::launch("squares", squares<kPlanted>, {1, kThreads, kSharedBytes}, nullptr, map,
                  map_of(out));
   } catch (const emulation::Fault& fault) {
     outcome.fault = fault.what();
@@ -302,7 +300,6 @@ void all_faults() {
   CHECK_FAULT(kOperandsDisagree, "disagree about the operands");
 
   CHECK_FAULT(kBarrierLeftHalfway, "named barrier 4 was left with 32 threads arrived");
-  CHECK_FAULT(kNoGridWait, "no thread of the block called grid_wait");
 }
 
 }  // namespace

@@ -1,13 +1,14 @@
-// Every wrapper of ptx_sm90.cuh against a result worked out element by element here. Compiled as
-// C++ it tests the emulation's host bodies, compiled by nvcc for sm_90a the instructions
-// themselves: both must give these very bits. The numbers are small integers, so that every order
-// of summation gives the same.
+// Every wrapper of ptx_sm90.cuh and ptx_grid.cuh against a result worked out element by element
+// here. Compiled as C++ it tests the emulation's host bodies, compiled by nvcc for sm_90a the
+// instructions themselves: both must give these very bits. The numbers are small integers, so that
+// every order of summation gives the same.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <utility>
 
+#include "../cuda/ptx_grid.cuh"
 #include "../cuda/ptx_sm80.cuh"
 #include "../cuda/ptx_sm90.cuh"
 #include "check.h"
@@ -581,6 +582,11 @@ int main() {
     std::printf("ptx_sm90_test: no device of compute capability 9.x, nothing was tested\n");
     return 77;
   }
+#if defined(LMINF_EMULATION)
+  lminf::emulation::Device device;
+  device.capability = 90;
+  lminf::emulation::set_device(device);
+#endif
   test_all();
 #if defined(LMINF_EMULATION) && !defined(LMINF_THREAD_SANITIZER)
   for (uint64_t seed = 1; seed < 4; ++seed) {

@@ -48,10 +48,11 @@ PyObject* plan(PyObject*, PyObject* args) {
   Py_DECREF(result);
   if (!planning.plan) Py_RETURN_NONE;
   const lminf::KernelPlan& p = *planning.plan;
-  return Py_BuildValue("{sssLsLsLsLsLsLsL}", "kernel", p.kernel, "block_m", (long long)p.block_m,
-                       "block_n", (long long)p.block_n, "splits", (long long)p.splits, "blocks",
-                       (long long)p.blocks, "threads", (long long)p.threads, "shared_bytes",
-                       (long long)p.shared_bytes, "workspace_bytes", (long long)p.workspace_bytes);
+  return Py_BuildValue("{sssLsLsLsOsLsLsLsL}", "kernel", p.kernel, "block_m", (long long)p.block_m,
+                       "block_n", (long long)p.block_n, "splits", (long long)p.splits, "overlaps",
+                       p.overlaps ? Py_True : Py_False, "blocks", (long long)p.blocks, "threads",
+                       (long long)p.threads, "shared_bytes", (long long)p.shared_bytes,
+                       "workspace_bytes", (long long)p.workspace_bytes);
 }
 
 PyMethodDef methods[] = {
