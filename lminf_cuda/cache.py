@@ -75,6 +75,7 @@ class LambdaCache(Cache):
         self._batch_size = batch_size
         self._unusable: str | None = None
         self.next_positions: Tensor | None = None  # int64 [B]: tokens of each row so far
+        self.updated_layer = 0  # the one that was last handed new keys
 
     def attention_layers(self) -> list[LambdaCacheLayer]:
         """Those layers that keep keys and values."""
@@ -83,8 +84,25 @@ class LambdaCache(Cache):
     def _recurrent_layers(self) -> list[Any]:
         return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
 
+    def _cross_layers(self) -> list[Any]:
+        """Those that keep the keys of an image."""
+        return [self.layers[index] for index in self.settings.cross_layers]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands new keys and values to a layer, and remembers to which.
+
+        An attention module may serve several layers, and this is the only place that names one.
+        """
+        self.updated_layer = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of tokens seen, padding included."""
+        """The number of tokens seen, padding included; of an image's layer, its keys."""
+        if layer_idx in self.settings.cross_layers:
+            n_keys: int = self.layers[layer_idx].get_seq_length()
+            return n_keys
         return self._progress.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -113,13 +131,21 @@ class LambdaCache(Cache):
         """
         buffers = [buffer for layer in self.attention_layers() for buffer in layer.buffers()]
         buffers += [state for layer in self._recurrent_layers() for state in layer.states()]
+        for layer in self._cross_layers():
+            buffers += [layer.keys, layer.values] if layer.is_initialized else []
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
-    def check(self, settings: LambdaSettings, batch_size: int) -> None:
-        """Whether a patched model with `settings` can go on from here with `batch_size` rows.
+    def check(self, settings: LambdaSettings, batch_size: int, n_new: int) -> None:
+        """Whether a patched model with `settings` can go on from here.
+
+        Args:
+            settings: of the model.
+            batch_size: rows to come.
+            n_new: new tokens of each row, padding included.
 
         Raises:
-            ValueError: the cache is of another model or other settings, or of another batch size.
+            ValueError: the cache is of another model or other settings, or of another batch size,
+                or the model reads several tokens only at the beginning.
             RuntimeError: an earlier forward left a state from which the cache cannot go on.
         """
         if settings.patch_id != self.settings.patch_id:
@@ -134,6 +160,12 @@ class LambdaCache(Cache):
             raise ValueError(
                 f"the input has {batch_size} rows and the LambdaCache {self._batch_size}; use "
                 "batch_repeat_interleave or batch_select_indices, or a new cache"
+            )
+        if settings.reads_once and n_new > 1 and self._progress.seen:
+            raise ValueError(
+                f"{n_new} new tokens follow {self._progress.seen} in the LambdaCache, and "
+                "transformers' recurrent layers of this model forget what they have read when "
+                "several tokens follow; pass them one at a time, or the whole text with a new cache"
             )
 
     def begin(self, first: Tensor) -> None:
@@ -179,6 +211,8 @@ class LambdaCache(Cache):
         self._end_forward()
         for layer in self._recurrent_layers():
             layer.reset()
+        for index in self.settings.cross_layers:
+            self.layers[index] = new_layer(self.settings, index, self._progress, "device")
         self._unusable = None
         if self.next_positions is not None:
             self.next_positions.zero_()
@@ -267,6 +301,9 @@ class LambdaCache(Cache):
         for layer in self._recurrent_layers():
             if layer.states():
                 RecurrentLayer.reorder_cache(layer, indices)
+        for layer in self._cross_layers():
+            if layer.is_initialized:
+                layer.reorder_cache(indices)
         if self.next_positions is not None:
             self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
             self._batch_size = indices.numel()

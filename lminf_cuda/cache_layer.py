@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from . import ops as _ops  # registers torch.ops.lminf  # noqa: F401
 from .middle import MiddleStore, add_middle_tokens
@@ -157,6 +157,8 @@ class LambdaCacheLayer(CacheLayerMixin):
                 first = like.new_empty((batch, heads, self.settings.n_global, dim))
                 setattr(self, f"ring_{name}", ring)
                 setattr(self, f"global_{name}", first)
+            # Some models ask these how much an initialized layer holds.
+            self.keys = self.values = key_states.new_empty(0)
         if self.settings.middle_top_k:
             on_cpu = self.keep_middle == "cpu"
             device = torch.device("cpu") if on_cpu else key_states.device
@@ -410,9 +412,11 @@ def new_layer(settings: LambdaSettings, index: int, progress: Progress, keep_mid
         keep_middle: "device" (of the layer) or "cpu", for a layer with middle tokens.
 
     Returns:
-        A LambdaCacheLayer, a RecurrentLayer, one that is both, or transformers' own layer that
-        keeps nothing.
+        A LambdaCacheLayer, a RecurrentLayer, one that is both, or transformers' own layer: one that
+        keeps nothing, or one that keeps the keys of an image.
     """
+    if index in settings.cross_layers:
+        return DynamicLayer()
     layer, states = settings.layers[index], settings.recurrent_states
     n_states = states[index] if states else 0
     if layer is None:

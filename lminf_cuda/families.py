@@ -6,8 +6,11 @@ Two kinds:
   its rotary modules; a line in FAMILIES says which rotation the layers use.
   Layers that are not attention (recurrent and convolution layers, experts) stay as they are.
 - older ones that compute attention in their own forward (falcon, gptj, mpt, bloom). Their line
-  names a short forward of the attention module, which projects, attends and projects back. So
-  does T5's, whose decoder adds a learned bias for every distance.
+  names a short forward of the attention module (own_forwards.py). So does T5's, whose decoder adds
+  a learned bias for every distance.
+
+Some scale a query by its own position besides (llama4, ministral3, beam). That is nothing that
+Λ attention is about, and stays as it is: each row counts its own tokens.
 
 Every family is compared with its unpatched model and with the definition, by
 python_tests/test_patches.py and python_tests/family_sweep.py, whose table over all causal LMs of
@@ -16,17 +19,30 @@ transformers is docs/families.md.
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
 from .cache_layer import recurrent_layers_are_known
+from .own_forwards import (
+    asks_interface,
+    bloom_forward,
+    bloom_slopes,
+    codegen_forward,
+    diffllama_forward,
+    falcon_forward,
+    falcon_slopes,
+    gpt_neox_japanese_forward,
+    gptj_forward,
+    gptj_rope,
+    mpt_forward,
+    mpt_slopes,
+    t5_forward,
+)
 from .rope import Rope, is_rotary, snapshot_rope
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "WRAPPERS", "Family", "find_decoder"]
@@ -37,8 +53,10 @@ class Family:
     """Where a model type differs from Llama.
 
     Attributes:
-        layers: the decoder's attribute that holds its layers.
-        attention: a layer's attribute that holds its attention module, or the path to it.
+        layers: the path from the decoder to its layers.
+        attention: the paths from a layer to its attention modules, mostly one.
+        modules: of a decoder: its attention modules in the order of their layers in a cache, where
+            these two do not tell.
         interleaved: rotary pairs are (2t, 2t+1) instead of (t, t + R/2).
         backwards: rotates by minus the position.
         rotates_last: the last R dims of a head rotate instead of the first ones.
@@ -48,16 +66,26 @@ class Family:
         alibi_slopes: of an attention module: its slopes, float32 [Hq], or None.
         forward: stands for the attention module's forward where that does not ask the
             AttentionInterface.
+        query_scale: of an attention module: what its queries are multiplied by at their positions,
+            int64 [B, S] -> float32 [B, S]; None where the model's own code does it from
+            position_ids, or nothing does.
+        switched_off: attributes of the attention modules that are False while they are patched.
         cross_attends: an encoder-decoder, of which the decoder's self-attention alone is replaced.
+        cross_attention: a layer's attribute that holds its attention to an image, in layers that
+            have that instead of self-attention and stay as they are.
         passes_kwargs: keywords given to the decoder reach the attention modules.
+        reads_positions: position_ids are used for something besides rotation.
         needs_mask: the decoder's forward wants a padding mask that is a tensor.
         is_recurrent: has layers besides attention that keep a state over the tokens.
+        reads_once: transformers' own code of these starts from nothing whenever it reads several
+            tokens, whatever the cache holds.
         plain_methods: methods of the causal LM that are replaced by GenerationMixin's own while it
             is patched.
     """
 
     layers: str = "layers"
-    attention: str = "self_attn"
+    attention: tuple[str, ...] = ("self_attn",)
+    modules: Callable[[Any], list[Any]] | None = None
     interleaved: bool = False
     backwards: bool = False
     rotates_last: bool = False
@@ -65,21 +93,50 @@ class Family:
     rotary: Callable[[Any, int], Any] = lambda decoder, index: decoder.rotary_emb
     rope: Callable[[Any], Rope] | None = None
     alibi_slopes: Callable[[Any], Tensor | None] = lambda attention: None
+    query_scale: Callable[[Any], Callable[[Tensor], Tensor] | None] = lambda attention: None
+    switched_off: tuple[str, ...] = ()
     forward: Callable[..., Any] | None = None
     cross_attends: bool = False
+    cross_attention: str | None = None
     passes_kwargs: bool = True
+    reads_positions: bool = False
     needs_mask: bool = False
     is_recurrent: bool = False
+    reads_once: bool = False
     plain_methods: tuple[str, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Family:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By its name, since the functions here have none of their own that pickle could store."""
+        names = [name for name, family in _all_families().items() if family is self]
+        if not names:
+            raise TypeError("a Family that no model type has cannot be pickled")
+        return _family_of, (names[0],)
+
     def attention_modules(self, decoder: Any) -> list[Any]:
-        """The attention module of every layer of a decoder, None for a layer without attention."""
+        """The attention modules of a decoder, in the order of their layers in a cache.
+
+        None stands for a layer without self-attention.
+        """
+        if self.modules is not None:
+            return self.modules(decoder)
         return [
             None
             if layer_type(decoder.config, index) in _WITHOUT_ATTENTION
-            else _descendant(layer, self.attention)
-            for index, layer in enumerate(getattr(decoder, self.layers))
+            or (self.cross_attention is not None and hasattr(layer, self.cross_attention))
+            else _descendant(layer, path)
+            for index, layer in enumerate(_descendant(decoder, self.layers))
+            for path in self.attention
         ]
+
+    def cross_attention_modules(self, decoder: Any) -> dict[int, Any]:
+        """By the layer's index the modules that attend to an image and stay as they are."""
+        if self.cross_attention is None:
+            return {}
+        modules = [getattr(layer, self.cross_attention, None) for layer in decoder.layers]
+        return {index: module for index, module in enumerate(modules) if module is not None}
 
     def recurrent_states(self, decoder: Any) -> list[int]:
         """Of every layer the number of states that it keeps beside attention; or an empty list."""
@@ -89,13 +146,13 @@ class Family:
         n_states = getattr(config, "number_of_conv_states", 1)
         states = [
             n_states if layer_type(config, index) in _RECURRENT else 0
-            for index in range(len(getattr(decoder, self.layers)))
+            for index in range(len(_descendant(decoder, self.layers)))
         ]
         return states if any(states) else []
 
     def keys_of(self, decoder: Any) -> list[int | None]:
         """Of every layer the earlier one whose keys it attends with, None for its own."""
-        config, n_layers = decoder.config, len(getattr(decoder, self.layers))
+        config, n_layers = decoder.config, len(self.attention_modules(decoder))
         modes = getattr(config, "kv_sharing_modes", None)
         if modes is None and getattr(config, "num_kv_shared_layers", None):
             raise ValueError(
@@ -114,7 +171,7 @@ class Family:
 
     def layer_rope(self, decoder: Any, index: int) -> Rope | None:
         """How layer `index` rotates its queries and keys; None if it does not."""
-        attention = _descendant(getattr(decoder, self.layers)[index], self.attention)
+        attention = self.attention_modules(decoder)[index]
         if not self.uses_rope(attention):
             return None
         if self.rope is not None:
@@ -129,7 +186,7 @@ class Family:
 
     def fits(self, decoder: Any) -> bool:
         """Whether a module has the attributes that this family's decoder has."""
-        layers = getattr(decoder, self.layers, None)
+        layers = _descendant(decoder, self.layers)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
             return False
         if not hasattr(decoder, "config"):
@@ -138,7 +195,7 @@ class Family:
             return False
         with_attention = self.attention_modules(decoder)
         modules = [module for module in with_attention if module is not None]
-        if len(modules) < len(with_attention) and not self.is_recurrent:
+        if len(modules) < len(with_attention) and not (self.is_recurrent or self.cross_attention):
             return False
         if not modules or not all(map(_is_transformers_attention, modules)):
             return False
@@ -150,8 +207,8 @@ class Family:
 
 
 # What a config calls layers that keep a state, and those among its layers that have no attention.
-_RECURRENT = ("linear_attention", "conv", "hybrid")
-_WITHOUT_ATTENTION = ("linear_attention", "conv")
+_RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
 
 
 def _descendant(module: Any, path: str) -> Any:
@@ -168,150 +225,9 @@ def layer_type(config: Any, index: int) -> str | None:
 
 
 def _is_transformers_attention(module: Any) -> bool:
-    return isinstance(getattr(module, "layer_idx", None), int) and any(
+    return hasattr(module, "layer_idx") and any(
         cls.__module__.startswith("transformers.models.") for cls in type(module).__mro__
     )
-
-
-def asks_interface(module: Any) -> bool:
-    """Whether a module's forward looks its attention function up; not all do in old versions."""
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
-
-
-# Forwards of attention modules that do not ask the AttentionInterface. `attend` is given by the
-# patch: (module, q [B, Hq, S, D], k, v [B, Hkv, S, D], cache, scale, distance_bias=None) ->
-# [B, S, Hq * D].
-
-
-def _falcon_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    layer_past: Any = None,
-    **__: Any,
-) -> tuple[Tensor, None]:
-    q, k, v = module._split_heads(module.query_key_value(hidden_states))  # [B, S, heads, D]
-    if module.new_decoder_architecture:  # which repeats each key head for its query heads
-        step = module.num_heads // module.num_kv_heads
-        k, v = k[:, :, ::step], v[:, :, ::step]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
-    return module.dense(out), None
-
-
-def _gptj_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    layer_past: Any = None,
-    **__: Any,
-) -> tuple[Tensor, None]:
-    heads = (*hidden_states.shape[:2], module.num_attention_heads, module.head_dim)
-    q, k, v = (
-        project(hidden_states).view(heads).transpose(1, 2)
-        for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    out = attend(module, q, k, v, layer_past, module.head_dim**-0.5)
-    return module.resid_dropout(module.out_proj(out)), None
-
-
-def _mpt_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    past_key_values: Any = None,
-    **__: Any,
-) -> tuple[Tensor, None]:
-    qkv = module.Wqkv(hidden_states)
-    if module.clip_qkv:
-        qkv = qkv.clamp(-module.clip_qkv, module.clip_qkv)
-    heads = (*hidden_states.shape[:2], module.n_heads, module.head_dim)
-    q, k, v = (x.view(heads).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-    return module.out_proj(attend(module, q, k, v, past_key_values, module.softmax_scale)), None
-
-
-def _bloom_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    residual: Tensor,
-    *_: Any,
-    layer_past: Any = None,
-    **__: Any,
-) -> tuple[Tensor, None]:
-    q, k, v = module._reshape(module.query_key_value(hidden_states))
-    out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
-    return residual + module.dense(out), None
-
-
-def _t5_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    position_bias: Tensor | None = None,
-    past_key_values: Any = None,
-    **__: Any,
-) -> tuple[Tensor | None, ...]:
-    """Of the decoder's self-attention. What goes from layer to layer as `position_bias` is the
-    table of biases by distance; umT5's layers have one each."""
-    heads = (*hidden_states.shape[:2], module.n_heads, module.key_value_proj_dim)
-    q, k, v = (
-        project(hidden_states).view(heads).transpose(1, 2)
-        for project in (module.q, module.k, module.v)
-    )
-    if position_bias is None:
-        position_bias = _t5_biases(module, module.lminf_layer.max_distance, q.device)
-    cache = None if past_key_values is None else past_key_values.self_attention_cache
-    out = module.o(attend(module, q, k, v, cache, 1.0, distance_bias=position_bias))
-    if "position_bias" not in inspect.signature(type(module).forward).parameters:
-        return out, None
-    return (out, position_bias, None) if asks_interface(module) else (out, position_bias)
-
-
-def _t5_biases(module: Any, max_distance: int, device: torch.device) -> Tensor:
-    """float32 [Hq, max_distance + 1]: what the layer adds for each distance from 0 on."""
-    if not module.has_relative_attention_bias:
-        return torch.zeros(module.n_heads, max_distance + 1, device=device)
-    # The last of so many tokens, whose distances fall to 0.
-    bias = module.compute_bias(1, max_distance + 1, device, past_seen_tokens=max_distance)
-    return bias[0, :, 0].flip(-1).float().contiguous()
-
-
-def _powers(heads: int, largest: int) -> Tensor:
-    """2 ** (-largest * i / heads) for i = 1 .. heads, float32."""
-    return (2.0 ** (-largest * torch.arange(1, heads + 1, dtype=torch.float64) / heads)).float()
-
-
-def _bloom_slopes(module: Any) -> Tensor:
-    """The ALiBi paper's: for 2^n heads 2^(-8i/2^n), further heads take every second of 2^(n+1)."""
-    heads = module.num_heads
-    below = 2 ** math.floor(math.log2(heads))
-    return torch.cat([_powers(below, 8), _powers(2 * below, 8)[::2][: heads - below]])
-
-
-def _falcon_slopes(module: Any) -> Tensor | None:
-    """Bloom's, rounded to bfloat16 and scaled like the scores."""
-    if not module.config.alibi:
-        return None
-    return _bloom_slopes(module).bfloat16().float() * module.inv_norm_factor
-
-
-def _mpt_slopes(module: Any) -> Tensor:
-    heads = module.n_heads
-    above = 2 ** math.ceil(math.log2(heads))
-    slopes = _powers(above, 8)
-    return slopes if above == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
-
-
-def _gptj_rope(module: Any) -> Rope:
-    dim = module.pos_embd_dim
-    inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    return Rope(inv_freq, interleaved=True)
 
 
 def _slides(module: Any) -> bool:
@@ -332,6 +248,31 @@ def _rotary_of_theta(decoder: Any, index: int) -> Any:
     )
 
 
+def _llama4_scale(module: Any) -> Callable[[Tensor], Tensor] | None:
+    """Of layers that do not rotate, where temperature tuning is on."""
+    if module.use_rope or not module.config.attn_temperature_tuning:
+        return None
+    return partial(_temperature, floor_scale=module.floor_scale, attn_scale=module.attn_scale)
+
+
+def _temperature(positions: Tensor, *, floor_scale: float, attn_scale: float) -> Tensor:
+    """Llama 4's: grows with the logarithm of the number of tokens so far, in steps."""
+    return 1.0 + attn_scale * ((positions + 1).float() / floor_scale).floor().log1p()
+
+
+def _type_has_rope(module: Any) -> bool:
+    """Where each type of layer has its own rotary parameters, or none."""
+    config = module.config
+    return config.rope_parameters[config.layer_types[module.layer_idx]] is not None
+
+
+def _hrm_modules(decoder: Any) -> list[Any]:
+    """A low stack that runs several times, then a high one, and that several times."""
+    cycle = [decoder.L_module] * decoder.config.L_cycles + [decoder.H_module]
+    stacks = cycle * decoder.config.H_cycles
+    return [layer.self_attn for stack in stacks for layer in stack.layers]
+
+
 def _has_theta(module: Any) -> bool:
     return bool(module.config.layer_rope_theta[module.layer_idx])
 
@@ -339,24 +280,35 @@ def _has_theta(module: Any) -> bool:
 _PLAIN = (
     *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
     *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
-    *("gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+    *("gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
-    *("ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
+    *("emu3_text_model", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
     *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
     *("solar_open", "starcoder2", "vaultgemma", "dots1"),
 )
 # Language models in WRAPPERS that place images in three dims, and texts like any other.
 _MROPE = (
-    *("glm4v_moe_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text"),
-    *("qwen3_vl_text",),
+    *("cosmos3_edge_text", "glm4v_moe_text", "paddleocr_vl_text", "qwen2_5_omni_text"),
+    *("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text"),
+    "qwen3_vl_text",
 )
-_INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "glm4v_text", "helium")
+_INTERLEAVED = (
+    "cohere",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "glm",
+    "glm4",
+    "glm4v_text",
+    "glm_ocr_text",
+    "helium",
+)
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
 _LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
 
 _RECURRENT_PLAIN = (
-    *("bamba", "falcon_h1", "lfm2", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    *("bamba", "falcon_h1", "lfm2", "lfm3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    "zaya",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -369,12 +321,14 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("granite_swa", "granitemoe_swa"), Family(rotary=_rotary_of_theta, uses_rope=_has_theta)
     ),
+    "bailing_hybrid": Family(rotates_last=True, is_recurrent=True),
+    "beam": Family(uses_rope=_slides, reads_positions=True),
     "bloom": Family(
         layers="h",
-        attention="self_attention",
+        attention=("self_attention",),
         uses_rope=lambda attention: False,
-        alibi_slopes=_bloom_slopes,
-        forward=_bloom_forward,
+        alibi_slopes=bloom_slopes,
+        forward=bloom_forward,
         passes_kwargs=False,
     ),
     "cohere2": Family(interleaved=True, uses_rope=_slides),
@@ -383,37 +337,69 @@ FAMILIES: dict[str, Family] = {
         uses_rope=lambda attention: _slides(attention) or attention.force_rope,
     ),
     "deepseek_v2": Family(rotates_last=True, interleaved=True),
+    "codegen": Family(
+        layers="h",
+        attention=("attn",),
+        rope=gptj_rope,
+        forward=codegen_forward,
+        passes_kwargs=False,
+    ),
+    "cohere_compass_text": Family(uses_rope=_type_has_rope),
+    "dbrx": Family(layers="blocks", attention=("norm_attn_norm.attn",)),
+    "diffllama": Family(forward=diffllama_forward, passes_kwargs=False),
     "falcon": Family(
         layers="h",
-        attention="self_attention",
+        attention=("self_attention",),
         uses_rope=lambda attention: not attention.config.alibi,
-        alibi_slopes=_falcon_slopes,
-        forward=_falcon_forward,
+        alibi_slopes=falcon_slopes,
+        forward=falcon_forward,
         passes_kwargs=False,
     ),
-    "gpt_neox": Family(attention="attention"),
+    "gpt_neox": Family(attention=("attention",)),
+    "gpt_neox_japanese": Family(
+        attention=("attention",), forward=gpt_neox_japanese_forward, passes_kwargs=False
+    ),
     "gptj": Family(
         layers="h",
-        attention="attn",
-        rope=_gptj_rope,
-        forward=_gptj_forward,
+        attention=("attn",),
+        rope=gptj_rope,
+        forward=gptj_forward,
         passes_kwargs=False,
     ),
-    "jetmoe": Family(attention="self_attention"),
-    "modernbert-decoder": Family(attention="attn"),
+    "hrm_text": Family(layers="L_module.layers", modules=_hrm_modules),
+    "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True, reads_once=True),
+    "jetmoe": Family(attention=("self_attention",)),
+    "llama4_text": Family(
+        interleaved=True,
+        uses_rope=lambda attention: bool(attention.use_rope),
+        query_scale=_llama4_scale,
+        switched_off=("attn_temperature_tuning",),
+    ),
+    "longcat_flash": Family(attention=("self_attn.0", "self_attn.1"), rotates_last=True),
+    "ministral3": Family(reads_positions=True),
+    "mistral4": Family(rotates_last=True, reads_positions=True),
+    "mllama_text_model": Family(cross_attention="cross_attn"),
+    "modernbert-decoder": Family(attention=("attn",)),
     "mpt": Family(
         layers="blocks",
-        attention="attn",
+        attention=("attn",),
         uses_rope=lambda attention: False,
-        alibi_slopes=_mpt_slopes,
-        forward=_mpt_forward,
+        alibi_slopes=mpt_slopes,
+        forward=mpt_forward,
         passes_kwargs=False,
         needs_mask=True,
     ),
     "lfm2_moe": Family(rotary=lambda decoder, index: decoder.pos_emb, is_recurrent=True),
+    "nemotron_h": Family(
+        attention=("mixer",),
+        uses_rope=lambda attention: False,
+        is_recurrent=True,
+    ),
     "nanochat": Family(backwards=True),
     # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
-    "phi3": Family(plain_methods=("prepare_inputs_for_generation",)),
+    **dict.fromkeys(
+        ("phi3", "phi4_multimodal"), Family(plain_methods=("prepare_inputs_for_generation",))
+    ),
     **dict.fromkeys(_RECURRENT_PLAIN, Family(is_recurrent=True)),
     "granitemoehybrid": Family(
         uses_rope=lambda attention: attention.config.position_embedding_type == "rope",
@@ -426,8 +412,21 @@ FAMILIES: dict[str, Family] = {
         ),
         is_recurrent=True,
     ),
+    "moshi": Family(rotary=lambda decoder, index: decoder.layers[index].self_attn.rotary_emb),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
     **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
+    # A few attention modules, each of which serves several layers.
+    "zamba": Family(
+        attention=("shared_transf.self_attn",),
+        uses_rope=lambda attention: False,
+        is_recurrent=True,
+        reads_once=True,
+    ),
+    "zamba2": Family(
+        attention=("shared_transformer.self_attn",),
+        uses_rope=lambda attention: bool(attention.config.use_mem_rope),
+        is_recurrent=True,
+    ),
 }
 
 # Of these only the decoder's self-attention is replaced: the encoder is not causal.
@@ -435,9 +434,9 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
     ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"),
     Family(
         layers="block",
-        attention="layer.0.SelfAttention",
+        attention=("layer.0.SelfAttention",),
         uses_rope=lambda attention: False,
-        forward=_t5_forward,
+        forward=t5_forward,
         cross_attends=True,
         passes_kwargs=False,
     ),
@@ -447,6 +446,9 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
 # Models around a language model of FAMILIES, which also see or hear.
 WRAPPERS: tuple[str, ...] = (
     *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5"),
+    *("cohere_compass", "cosmos3_edge", "cosmos3_omni", "emu3", "gemma3n", "glm46v", "glm_ocr"),
+    *("glmga", "granite_docling", "janus", "llama4", "mllama", "paddleocr_vl"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
     *("fuyu", "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "glmasr"),
     *("got_ocr2", "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2"),
     *("idefics3", "internvl", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
@@ -456,6 +458,15 @@ WRAPPERS: tuple[str, ...] = (
     *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm"),
     *("video_llama_3", "video_llava", "vipllava", "voxtral"),
 )
+
+
+def _all_families() -> dict[str, Family]:
+    return FAMILIES | ENCODER_DECODERS
+
+
+def _family_of(model_type: str) -> Family:
+    """What a pickled Family becomes."""
+    return _all_families()[model_type]
 
 
 def _text_type(model: nn.Module, model_type: str) -> str:
@@ -473,7 +484,7 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     Raises:
         ValueError: none, or more than one, of a supported type.
     """
-    families = FAMILIES | ENCODER_DECODERS
+    families = _all_families()
     supported = f"supported model types: {', '.join(sorted({*families, *WRAPPERS}))}"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
@@ -497,13 +508,13 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     if len(decoders) != 1:
         raise ValueError(
             f"this {type(model).__name__} calls itself {model_type!r} but is not built like "
-            f"transformers' own (one decoder with {family.layers}[i].{family.attention}); "
+            f"transformers' own (one decoder with {family.layers}[i].{family.attention[0]}); "
             f"{supported}"
         )
     config: Any = decoders[0].config
     if not getattr(config, "is_causal", True):
         raise ValueError("config.is_causal is False; Λ attention is causal: use a causal LM")
-    known = {"full_attention", "sliding_attention"}
+    known = {"full_attention", "sliding_attention", "chunked_attention"}
     if family.is_recurrent:
         known |= {*_RECURRENT, *_WITHOUT_ATTENTION}
     unknown = set(getattr(config, "layer_types", None) or ()) - known

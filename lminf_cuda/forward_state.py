@@ -22,8 +22,8 @@ __all__ = ["ForwardState", "causal_padding_mask", "locate_tokens", "padding_mask
 _REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
 
 _NO_LOOK_AHEAD = (
-    "this model lets tokens of an image see what follows them, which Λ attention does not; give it "
-    "text alone, or call unpatch_model(model) first"
+    "this model lets tokens of an image or of a prefix see what follows them, which Λ attention "
+    "does not; give it text alone without token_type_ids, or call unpatch_model(model) first"
 )
 
 _NO_IDLE_ROW = (

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -38,7 +37,7 @@ from .forward_state import (
     refuse_inputs,
 )
 from .middle import add_middle_tokens
-from .rope import IdentityRotary, is_rotary, training_length
+from .rope import IdentityRotary, follow_wrapped, is_rotary, training_length
 from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, LayerSettings
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
@@ -49,6 +48,7 @@ ATTENTION_NAME = "lminf"
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
 _LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
 _STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
+_WRAPPED_FORWARD = "_old_forward"  # of a module with accelerate's hooks: the forward in them
 
 
 def _attend(
@@ -82,6 +82,12 @@ def _attend(
             "a patched model has no backward yet: run it under torch.no_grad() or "
             "torch.inference_mode()"
         )
+    first = state.first_on(query.device)
+    if layer.query_scale is not None:
+        positions = torch.arange(query.shape[2], device=query.device)[None]
+        if first is not None:
+            positions = (positions + first[:, None]).clamp(min=0)
+        query = (query * layer.query_scale(positions)[:, None, :, None]).to(query.dtype)
     # Under autocast a rotary embedding makes float32 of queries and keys, but not of values.
     query, key = query.to(value.dtype), key.to(value.dtype)
     # The op takes one head dim, whose first dims rotate.
@@ -94,7 +100,6 @@ def _attend(
         x if x.shape[-1] == dim else nn.functional.pad(x, (0, dim - x.shape[-1]))
         for x in (query, key, value)
     )
-    first = state.first_on(query.device)
     options |= layer.options(query.device)
     if state.cache is None:
         out, lse = torch.ops.lminf.lambda_attn.default(
@@ -115,8 +120,8 @@ def _attend(
                 k_start=first,
             )
     else:
-        index = module.layer_idx if layer.keys_of is None else layer.keys_of
-        cache_layer = state.cache.layers[index]  # type: ignore[index]
+        index = state.cache.updated_layer if layer.keys_of is None else layer.keys_of
+        cache_layer = state.cache.layers[index]
         attend = cache_layer.decode if state.is_decode else cache_layer.extend
         out = attend(query, key, value, first, options)  # type: ignore[arg-type]
     return out[..., :value_dim].transpose(1, 2).contiguous()
@@ -212,21 +217,30 @@ class _Patch:
             around = vars(config).values() if config is not None else ()
             if config is shared or any(value is shared for value in around):
                 module.config = copy.deepcopy(config, copies)
+        self.cross_attention = list(family.cross_attention_modules(decoder).values())
+        plain = copy.deepcopy(decoder.config) if self.cross_attention else None
+        for module in self.cross_attention:
+            module.config = plain
         if not family.cross_attends:  # where the cross-attention goes on to ask for it
             decoder.config._attn_implementation = ATTENTION_NAME
 
-        self.overridden: list[tuple[nn.Module, str, Any]] = []  # with what the instance had
+        # With what the instance had, and what it has now.
+        self.overridden: list[tuple[nn.Module, str, Any, Any]] = []
         for module, layer_settings in zip(modules, settings.layers, strict=True):
             if module is None:
                 continue
             setattr(module, _LAYER_ATTRIBUTE, layer_settings)
+            for name in family.switched_off:
+                self.override(module, name, False)
             if family.forward is not None:
-                forward = functools.partial(family.forward, _attend_in_forward)
+                forward = functools.partial(family.forward, _attend_in_forward, module)
                 self.override(module, "forward", forward)
         attention_types = {type(module) for module in self.attention}
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
                 decoder.set_submodule(name, IdentityRotary(module, attention_types))
+        for module in self.attention:
+            follow_wrapped(module)
         self.hooks = [
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),
@@ -242,24 +256,34 @@ class _Patch:
 
         for module in model.modules():
             if isinstance(module, GenerationMixin):
-                for name, function in OVERRIDES.items():
-                    self.override(module, name, function)
-                for name in family.plain_methods:
-                    self.override(module, name, getattr(GenerationMixin, name))
+                methods = OVERRIDES | {
+                    name: getattr(GenerationMixin, name) for name in family.plain_methods
+                }
+                for name, function in methods.items():
+                    # not a bound method, which pickle would look up by its name
+                    self.override(module, name, functools.partial(function, module))
             if isinstance(module, GenerationMixin) or module in (model, decoder):
                 setattr(module, SETTINGS_ATTRIBUTE, settings)
         setattr(decoder, _PATCH_ATTRIBUTE, self)
 
-    def override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Lets one instance answer to `name` by `function`."""
-        self.overridden.append((module, name, module.__dict__.get(name)))
-        setattr(module, name, MethodType(function, module))
+    def override(self, module: nn.Module, name: str, value: Any) -> None:
+        """Lets one instance answer to `name` by `value`."""
+        if name == "forward" and _WRAPPED_FORWARD in module.__dict__:
+            name = _WRAPPED_FORWARD  # so that accelerate's hooks go on around it
+        self.overridden.append((module, name, module.__dict__.get(name), value))
+        setattr(module, name, value)
 
     def remove(self) -> None:
         """Puts everything back."""
         for hook in self.hooks:
             hook.remove()
-        for module, name, before in self.overridden:
+        for module, name, before, value in self.overridden:
+            # A forward may have been wrapped since, or taken out of a wrapper.
+            if name in ("forward", _WRAPPED_FORWARD):
+                is_wrapped = module.__dict__.get(_WRAPPED_FORWARD) is value
+                name = _WRAPPED_FORWARD if is_wrapped else "forward"
+                if is_wrapped and before is None:
+                    before = MethodType(type(module).forward, module)
             if before is None:
                 delattr(module, name)
             else:
@@ -273,6 +297,8 @@ class _Patch:
             if isinstance(module, IdentityRotary):
                 self.decoder.set_submodule(name, module.original)
         self.decoder.config._attn_implementation = self.attn_implementation
+        for module in self.cross_attention:
+            module.config = self.decoder.config
 
     def before_wrapper(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -313,7 +339,7 @@ class _Patch:
                 cache = kwargs["past_key_values"] = new_cache(decoder)
         if cache is not None:
             cache = lambda_cache(decoder, cache)
-            cache.check(self.settings, inputs.shape[0])
+            cache.check(self.settings, *inputs.shape[:2])
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
         state = locate_tokens(
             cache,
@@ -325,6 +351,9 @@ class _Patch:
         if cache is not None:
             assert state.first is not None
             cache.begin(state.first)
+        if self.family.reads_positions and state.first is not None:
+            columns = torch.arange(state.n_tokens, device=state.first.device)
+            kwargs["position_ids"] = (state.first[:, None] + columns).clamp(min=0)
         if self.family.passes_kwargs:
             kwargs["lminf_forward"] = state
         else:
@@ -361,12 +390,23 @@ class _Patch:
             state.cache.commit(state.first, state.n_tokens, state.is_decode)
 
 
+_SLIDING = (None, "sliding_attention", "hybrid_sliding")
+
+
 def _sliding_window(config: Any, layer_idx: int) -> int | None:
     """The window of a layer that slides in the unpatched model, or None."""
     sliding: int | None = getattr(config, "sliding_window", None)
-    if sliding is None or layer_type(config, layer_idx) not in (None, "sliding_attention"):
+    if sliding is None or layer_type(config, layer_idx) not in _SLIDING:
         return None
     return sliding
+
+
+def _chunk(config: Any) -> int | None:
+    """The size of the chunks within which some layers of the unpatched model attend, or None."""
+    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
+        return None
+    chunk: int | None = config.attention_chunk_size
+    return chunk
 
 
 def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
@@ -394,8 +434,15 @@ def _resolve_lengths(
         own = _own_windows(decoder, family)
         if all(length is not None for length in own):
             window = min([window, *filter(None, own)])
+        window = min(window, _chunk(decoder.config) or window)
     _check_setting("n_global", n_global, 0, "")
     _check_setting("window", window, 1, " (the query's own key)")
+    if window > (_chunk(decoder.config) or window):
+        raise ValueError(
+            f"window is {window}, but layers of this {type(decoder).__name__} attend within chunks "
+            f"of {_chunk(decoder.config)} tokens, and beyond its first chunk a longer window is "
+            f"not what they do; pass window={_chunk(decoder.config)} or less"
+        )
     if max_distance is None:
         max_distance = window
     _check_setting("max_distance", max_distance, window, ", the window")
@@ -462,7 +509,11 @@ def _resolve_layers(
         if own is not None and own < window:
             lengths = (0, own, own)
         rope, slopes = family.layer_rope(decoder, index), family.alibi_slopes(module)
-        layers.append(LayerSettings(*lengths, rope, slopes, sources[index]))
+        layers.append(
+            LayerSettings(
+                *lengths, rope, slopes, sources[index], query_scale=family.query_scale(module)
+            )
+        )
     return layers
 
 
@@ -517,6 +568,8 @@ def patch_model(
             *middle,
             family.recurrent_states(decoder),
             cross_attends=family.cross_attends,
+            cross_layers=list(family.cross_attention_modules(decoder)),
+            reads_once=family.reads_once,
         )
         _add_middle(settings)
         _Patch(model, decoder, family, settings)

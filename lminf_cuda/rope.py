@@ -22,6 +22,7 @@ from torch import Tensor, nn
 __all__ = [
     "IdentityRotary",
     "Rope",
+    "follow_wrapped",
     "is_rotary",
     "let_unrotated_pass",
     "snapshot_rope",
@@ -193,6 +194,19 @@ def let_unrotated_pass(attention_types: Iterable[type], cos_sin: Any) -> bool:
     return True
 
 
+def follow_wrapped(module: nn.Module) -> None:
+    """Replaces the functions that a module keeps, and `let_unrotated_pass` has wrapped since.
+
+    In old versions of transformers an attention module keeps the one it rotates by, and pickle,
+    which finds functions by their names, would find another one.
+    """
+    for name, kept in list(vars(module).items()):
+        if inspect.isfunction(kept):
+            known: Any = getattr(sys.modules.get(kept.__module__), kept.__name__, None)
+            if hasattr(known, _PASSES) and inspect.unwrap(known) is inspect.unwrap(kept):
+                setattr(module, name, known)
+
+
 def _only_rotates(rotate: Callable[..., Any], n_tensors: int, cos_sin: Any) -> bool:
     """Whether `rotate` gives its tensors back, where cos is 1 and sin 0 for each dim or pair."""
     for dims_an_entry in (1, 2):
@@ -230,7 +244,8 @@ class IdentityRotary(nn.Module):
     def __init__(self, original: Any, attention_types: Iterable[type]) -> None:
         super().__init__()
         self.original: nn.Module = original
-        self.config: Any = getattr(original, "config", None)  # by which some models choose
+        for name in ("config", "layer_types"):  # which some models ask it for
+            setattr(self, name, getattr(original, name, None))
         suffix = "_inv_freq"
         layer_types: list[str | None] = [None]
         if _is_per_layer_type(original):
@@ -238,24 +253,33 @@ class IdentityRotary(nn.Module):
             kinds = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
             layer_types = [kind for kind in kinds if not kind.endswith("_original")]
         self._outputs = {kind: _identity(original, kind)[0] for kind in layer_types}
-        self.is_empty = all(
-            let_unrotated_pass(attention_types, out) for out in self._outputs.values()
-        )
+        self._attention_types = tuple(attention_types)
+        self.is_empty = self._may_be_empty()
+
+    def _may_be_empty(self) -> bool:
+        types = self._attention_types
+        return all(let_unrotated_pass(types, out) for out in self._outputs.values())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle: the library's function is another one in this process."""
+        super().__setstate__(state)
+        self.is_empty = self._may_be_empty()
 
     def forward(
-        self, x: Tensor, position_ids: Any = None, layer_type: str | None = None, **_: Any
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None, **_: Any
     ) -> Any:
-        """What the original returns for position 0, unscaled, for states x [..., B, S, hidden].
+        """What the original returns for position 0, unscaled.
 
-        [B, S, any] or [3, B, S, any] each, in x's dtype where real; [B, S, 0] where is_empty.
+        For position_ids [..., B, S]: [B, S, any] or [3, B, S, any] each, in x's dtype where real;
+        [B, S, 0] where is_empty.
         """
         if self.is_empty:
-            empty = x.new_empty((*x.shape[-3:-1], 0))
+            empty = x.new_empty((*position_ids.shape[-2:], 0))
             return empty, empty
 
         def spread(part: Tensor) -> Tensor:
             part = part.to(x.device) if part.is_complex() else part.to(x)
-            return part.expand(*part.shape[:-3], *x.shape[-3:-1], -1)
+            return part.expand(*part.shape[:-3], *position_ids.shape[-2:], -1)
 
         out = self._outputs[layer_type if layer_type in self._outputs else None]
         return tuple(map(spread, out)) if isinstance(out, tuple) else spread(out)

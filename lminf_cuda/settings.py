@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,6 @@ __all__ = ["SETTINGS_ATTRIBUTE", "LambdaSettings", "LayerSettings"]
 # The attribute of a patched module that holds its LambdaSettings.
 SETTINGS_ATTRIBUTE = "_lminf_settings"
 
-_patch_ids = itertools.count()
-
 
 @dataclass(eq=False)
 class LayerSettings:
@@ -29,6 +28,8 @@ class LayerSettings:
         max_distance: no larger distance enters a score.
         rope: the layer's rotation, or None for a layer without one.
         slopes: ALiBi slopes, float32 [Hq], or None.
+        query_scale: what the queries are multiplied by at their positions, int64 [B, S] ->
+            float32 [B, S], or None.
         middle_top_k: so many keys of the middle join the last query of a forward; 0 for none.
         middle_distance: at which they are met.
         keys_of: the earlier layer whose keys and values this one attends with, or None for its own.
@@ -42,6 +43,7 @@ class LayerSettings:
     keys_of: int | None = None
     middle_top_k: int = 0
     middle_distance: int = 0
+    query_scale: Callable[[Tensor], Tensor] | None = None
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def options(self, device: torch.device) -> dict[str, Any]:
@@ -77,8 +79,11 @@ class LambdaSettings:
             empty for a model that has none.
         middle_top_k, middle_from_layer, middle_distance: of the middle tokens (middle.py).
         cross_attends: of an encoder-decoder, whose cross-attention has a cache of its own.
-        patch_id: tells the caches of one patched model from those of another. A deep copy of the
-            model or of a cache keeps it.
+        cross_layers: those that attend to an image instead of the text, whose keys stay as they
+            are.
+        reads_once: the model takes several new tokens only while the cache is empty.
+        patch_id: tells the caches of one patched model from those of another, in any process. A
+            deep copy of the model or of a cache keeps it.
     """
 
     n_global: int
@@ -90,7 +95,9 @@ class LambdaSettings:
     middle_distance: int = 0
     recurrent_states: list[int] = field(default_factory=list)
     cross_attends: bool = False
-    patch_id: int = field(default_factory=lambda: next(_patch_ids))
+    cross_layers: list[int] = field(default_factory=list)
+    reads_once: bool = False
+    patch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __str__(self) -> str:
         text = f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"

@@ -17,8 +17,9 @@ from lminf_cuda.cache_layer import LambdaCacheLayer, recurrent_layers_are_known
 from lminf_cuda.families import FAMILIES
 
 N_GLOBAL, WINDOW, NEW = 3, 12, 5
-# One with states of convolutions alone, one of each kind of recurrence, one with both in a layer.
-RECURRENT = ("lfm2", "qwen3_next", "bamba", "falcon_h1")
+# One with states of convolutions alone, one of each kind of recurrence, two with both in a layer,
+# one whose layers share an attention module.
+RECURRENT = ("lfm2", "qwen3_next", "bamba", "falcon_h1", "zaya", "zamba2")
 SHARING = ("gemma3n_text", "gemma4_text")
 TOLERANCE = 2e-4  # a chunk is summed in another order than single tokens
 
@@ -110,6 +111,28 @@ def test_what_a_recurrent_state_cannot_do_is_refused(model_type: str) -> None:
     mask[0, 20] = 0
     with pytest.raises(ValueError, match=r"masks the new token.*recurrent layers"):
         model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "zamba"])
+def test_text_in_several_pieces_is_refused_where_it_is_forgotten(model_type: str) -> None:
+    model = patched(model_type)
+    ids = tokens(2, 20)
+    cache = model(ids[:, :15]).past_key_values
+    for call in (
+        lambda: model(ids[:, 15:], past_key_values=cache),
+        lambda: generate(model, ids, prefill_chunk_size=15),
+    ):
+        with pytest.raises(ValueError, match=r"5 new tokens follow 15.*forget.*one at a time"):
+            call()
+    got = [model(token, past_key_values=cache).logits for token in ids[:, 15:].split(1, dim=1)]
+    expected = model(ids, use_cache=False).logits[:, 15:]
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=TOLERANCE)
+    cache.reset()
+    again = model(ids, past_key_values=cache).logits[:, 15:]
+    torch.testing.assert_close(again, expected, rtol=0, atol=TOLERANCE)
+    for arguments in ({}, {"num_beams": 3}):
+        written = [generate(model, ids, use_cache=x, **arguments) for x in (True, False)]
+        assert torch.equal(*written)
 
 
 def test_shared_keys_are_kept_once() -> None:

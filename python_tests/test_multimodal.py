@@ -72,6 +72,66 @@ def test_an_image_that_leaves_the_window() -> None:
     assert torch.equal(written, model.generate(ids, use_cache=False, **arguments))
 
 
+def mllama() -> Any:
+    model = tiny("mllama")
+    for layer in model.model.language_model.layers:
+        if hasattr(layer, "cross_attn"):  # closed in an untrained model
+            layer.cross_attn_attn_gate.fill_(0.7)
+            layer.cross_attn_mlp_gate.fill_(0.7)
+    return model
+
+
+def test_layers_that_attend_to_an_image_stay_as_they_are() -> None:
+    ids = tokens(2, 40).clamp(max=59)
+    generator = torch.Generator().manual_seed(2)
+    model = mllama()
+    tiles = model.config.vision_config.max_num_tiles
+    sees = torch.ones(2, 40, 1, tiles, dtype=torch.int64)
+    sees[:, :5] = 0
+    image = {
+        "pixel_values": torch.randn(2, 1, tiles, 3, 32, 32, generator=generator),
+        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.int64),
+        "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.int64),
+        "cross_attention_mask": sees,
+    }
+    expected = model(ids, **image).logits
+    assert not torch.allclose(expected, model(ids).logits, atol=1e-2)
+    patch_model(model, n_global=3, window=40)
+    for use_cache in (True, False):
+        got = model(ids, use_cache=use_cache, **image).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+    assert torch.equal(unpatch_model(model)(ids, **image).logits, expected)
+
+    patch_model(model, n_global=3, window=10)
+    expected = model(ids, use_cache=False, **image).logits
+    cache = LambdaCache(model)
+    for rows in ([0, 1], [1, 0]):
+        first = image | {"cross_attention_mask": sees[:, :20]}
+        got = [model(ids[:, :20], past_key_values=cache, **first).logits]
+        cache.reorder_cache(torch.tensor(rows))
+        for end in (30, *range(31, 41)):
+            piece, mask = ids[rows, cache.get_seq_length() : end], sees[:, :end]
+            output = model(piece, past_key_values=cache, cross_attention_mask=mask)
+            got.append(output.logits)
+        assert cache.memory_bytes() > 0
+        torch.testing.assert_close(got[0], expected[:, :20], rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            torch.cat(got[1:], 1), expected[rows, 20:], rtol=0, atol=TOLERANCE
+        )
+        cache.reset()
+    text = model(ids, use_cache=False).logits
+    torch.testing.assert_close(
+        model(ids, past_key_values=cache).logits, text, rtol=0, atol=TOLERANCE
+    )
+    for arguments in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}):
+        written = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            arguments = {"do_sample": False} | arguments | image
+            written.append(model.generate(ids, max_new_tokens=5, use_cache=use_cache, **arguments))
+        assert torch.equal(*written)
+
+
 def test_tokens_that_see_ahead_are_refused() -> None:
     model = patch_model(tiny("gemma3"), n_global=3, window=10)
     ids = tokens(1, 30).clamp(max=59)
@@ -79,7 +139,9 @@ def test_tokens_that_see_ahead_are_refused() -> None:
     expected = model(ids).logits
     torch.testing.assert_close(model(ids, token_type_ids=types).logits, expected)
     types[:, 5:9] = 1
-    with pytest.raises(ValueError, match=r"tokens of an image see what follows.*unpatch_model"):
+    with pytest.raises(
+        ValueError, match=r"tokens of an image or of a prefix see what follows.*unpatch_model"
+    ):
         model(ids, token_type_ids=types)
 
 

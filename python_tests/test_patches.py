@@ -90,7 +90,7 @@ def test_equals_definition_at_odd_settings(n_global: int, window: int) -> None:
 def test_unpatch_restores_logits_bit_for_bit(name: str) -> None:
     model = tiny_model(name)
     # beyond their training length the unpatched gptj and mpt find no entry in their tables
-    has_table = name.startswith(("gptj", "mpt"))
+    has_table = name.startswith(("codegen", "gptj", "mpt"))
     ids, long_ids = tokens(2, 20), tokens(1, TRAINED - 1 if has_table else TRAINED + 20)
     expected, expected_long = model(ids).logits, model(long_ids).logits
     expected_after = model(ids).logits
@@ -129,11 +129,26 @@ def test_scaled_rope_is_read_as_built_not_as_rewritten() -> None:
         ("phi3_longrope", 32),
         ("mistral_sliding", 16),
         ("qwen2_sliding", TRAINED),
+        ("llama4_text", 40),
     ],
 )
 def test_default_window_is_training_length(name: str, window: int) -> None:
     model = patch_model(tiny_model(name))
     assert settings_of(model)[0] == (16, window, window)
+
+
+def test_window_beyond_a_chunk_is_refused() -> None:
+    model = tiny_model("llama4_text")
+    ids = tokens(1, 60)
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match=r"window is 41, but layers.*chunks of 40.*window=40"):
+        patch_model(model, window=41)
+    assert torch.equal(model(ids).logits, expected)
+    # nothing is in chunks where no layer is
+    model = tiny_model("llama4_text", layer_types=["full_attention"] * 2)
+    expected = model(ids).logits
+    patch_model(model, window=60)
+    assert max_difference(model(ids, use_cache=False).logits, expected) < TOLERANCE
 
 
 def test_sliding_layers_keep_their_window() -> None:
@@ -147,7 +162,11 @@ def test_sliding_layers_keep_their_window() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt_oss", "gemma3_text", "stablelm", "falcon_alibi", "gptj", "bloom", "mpt"]
+    "name",
+    [
+        *("llama", "gpt_oss", "gemma3_text", "stablelm", "falcon_alibi", "gptj", "bloom", "mpt"),
+        *("diffllama", "llama4_text", "ministral3"),
+    ],
 )
 def test_left_padded_rows_equal_single_rows(name: str) -> None:
     model = patch_model(tiny_model(name), n_global=N_GLOBAL, window=WINDOW)

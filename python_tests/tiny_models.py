@@ -62,8 +62,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"head_dim": 16}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "bloom_6_heads": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
+    "codegen": ("codegen", {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {"sliding_window": 8, "layer_types": _ALTERNATING}),
+    "dbrx": (
+        "dbrx",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": TRAINED,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_top_k": 2},
+        },
+    ),
+    "diffllama": ("diffllama", {"head_dim": 8}),
     "exaone4": (
         "exaone4",
         {"sliding_window": 8, "sliding_window_pattern": 2, "layer_types": _ALTERNATING},
@@ -94,6 +107,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm", {"head_dim": 8}),
     "glm4": ("glm4", {"head_dim": 8}),
     "gpt_neox": ("gpt_neox", {"rope_parameters": _PARTIAL}),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
     "gpt_oss": (
         "gpt_oss",
         {
@@ -123,6 +137,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             high_freq_factor=4.0,
             original_max_position_embeddings=32,
         ),
+    ),
+    # one layer that rotates, in chunks, and one that scales its queries by their position
+    "llama4_text": (
+        "llama4_text",
+        {
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 40,
+            "floor_scale": 8,
+            "attn_scale": 0.5,
+        },
+    ),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
     ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral_sliding": ("mistral", {"sliding_window": 16}),
@@ -225,9 +265,14 @@ class _Dense:
         slopes: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        layer = self.layers[module.layer_idx]
+        # A module that serves several layers, which are alike, has no index or -1.
+        layers = [layer for layer in self.layers if layer is not None]
+        index = module.layer_idx
+        layer = layers[0] if index in (None, -1) else self.layers[index]
         group = q.shape[1] // k.shape[1]
         q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))
+        # A model may scale its queries by their position, which remains the true one.
+        q = q * (q[:1].norm(dim=-1, keepdim=True) / q.norm(dim=-1, keepdim=True).clamp(min=1e-30))
         index = torch.arange(q.shape[2])
         distance = index[:, None] - index
         far = distance >= layer.max_distance
