@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -58,6 +59,24 @@ def find_cuda() -> Path | None:
     return None
 
 
+def check_compiler(home: Path) -> None:
+    """Ends the build in one line where an empty kernel does not compile, as when PyPI packages of
+    several versions make up the compiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cu")
+        source.write_text("__global__ void empty() {}\n")
+        command: list[str | Path] = [home / "bin/nvcc", "-cubin", "-o"]
+        command += [source.with_suffix(".cubin"), source]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit {done.returncode}"]
+        raise SystemExit(
+            f"lminf_cuda: {home / 'bin/nvcc'} does not compile an empty kernel ({reason[0]}); from "
+            "PyPI, nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime must be "
+            "of one version; or set LMINF_SKIP_CUDA_BUILD=1"
+        )
+
+
 def default_architectures(home: Path) -> str:
     """Those of CUDA_ARCHITECTURES that this compiler knows, the newest as PTX too."""
     listed = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True)
@@ -94,6 +113,7 @@ def cuda_toolkit() -> Path | None:
             raise SystemExit(f"lminf_cuda: LMINF_FORCE_CUDA_BUILD is set, but there is {text}")
         print(f"lminf_cuda: {text}: building the CPU kernels alone")
         return None
+    check_compiler(home)
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(home)
     os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper(chosen)
     print(f"lminf_cuda: CUDA from {home} for {os.environ['TORCH_CUDA_ARCH_LIST']}")

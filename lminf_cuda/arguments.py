@@ -6,6 +6,7 @@ argument, or raises a ValueError for `blamed` to turn into one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,10 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
 ChunkOption = Annotated[int, typer.Option(min=1, help="Tokens of the text per forward.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for the CSV, JSON and PNG.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="Above 0.")]
 
 
 @contextmanager
@@ -90,6 +95,17 @@ def check_device(device: Device) -> None:
         raise typer.BadParameter(
             "this PyTorch sees no CUDA device; use --device cpu", param_hint="--device"
         )
+
+
+def make_folder(out: Path) -> None:
+    """Usage error when the results could not be written there, before they are worked out."""
+    with blamed("--out"):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{error}; give a folder that can be written to") from error
+        if not os.access(out, os.W_OK):
+            raise ValueError(f"{out} cannot be written to; give another folder")
 
 
 def _is_hub_name(name: str) -> bool:

@@ -14,7 +14,7 @@ from transformers.generation import (
 )
 
 from lminf_cuda.cache import LambdaCache
-from lminf_cuda.generate import TextStream
+from lminf_cuda.generate import TextStream, check_counts, check_sampling
 
 _ANSWER = "lminf answer"  # stands for an answer where only what follows it is wanted
 
@@ -51,14 +51,8 @@ class Chat:
         chunk: int = 1024,
     ) -> None:
         """See the class."""
-        for name, value, allowed, good in (
-            ("max_new_tokens", max_new_tokens, "1 or more", max_new_tokens >= 1),
-            ("temperature", temperature, "above 0; use greedy for the likeliest", temperature > 0),
-            ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
-            ("chunk", chunk, "1 or more", chunk >= 1),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {allowed}, got {value}")
+        check_sampling(temperature, top_p)
+        check_counts(max_new_tokens=max_new_tokens, chunk=chunk)
         self.has_template = getattr(tokenizer, "chat_template", None) is not None
         if system is not None and not self.has_template:
             raise ValueError(

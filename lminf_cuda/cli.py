@@ -33,16 +33,20 @@ from lminf_cuda.arguments import (
     ModelArgument,
     NGlobalOption,
     OutOption,
+    SeedOption,
+    TemperatureOption,
     WindowOption,
     blamed,
     check_device,
     check_patch,
     load,
+    make_folder,
     parse_depths,
     parse_lengths,
     pick_dtype,
 )
 from lminf_cuda.chat import Chat
+from lminf_cuda.generate import check_sampling
 from lminf_cuda.generate import generate as generate_text
 from lminf_cuda.patches import patch_model, unpatch_model
 from lminf_cuda.rope import training_length
@@ -134,6 +138,7 @@ def evaluate(
     wanted = wanted or evaluation.default_lengths(train_length, len(tokens))
     with blamed("--text / --lengths"):
         evaluation.check_lengths(wanted, len(tokens))
+    make_folder(out)
     result = run_evaluation(
         loaded,
         tokens,
@@ -160,9 +165,9 @@ def generate(
     model: ModelArgument = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
+    temperature: TemperatureOption = 0.8,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: SeedOption = None,
     n_global: NGlobalOption = 16,
     window: WindowOption = None,
     max_distance: MaxDistanceOption = None,
@@ -171,15 +176,8 @@ def generate(
     chunk: ChunkOption = 1024,
 ) -> None:
     """Continue a text of any length with a cache of fixed size, printing tokens as they come."""
-    if temperature <= 0:
-        raise typer.BadParameter(
-            f"must be above 0, got {temperature}; --greedy takes the likeliest token",
-            param_hint="--temperature",
-        )
-    if not 0 < top_p <= 1:
-        raise typer.BadParameter(
-            f"must be above 0 and at most 1, got {top_p}", param_hint="--top-p"
-        )
+    with blamed("--temperature / --top-p"):
+        check_sampling(temperature, top_p)
     with blamed("--prompt-file"):
         prompt = evaluation.read_text(prompt_file)
     loaded = load(model, dtype, device)
@@ -248,6 +246,7 @@ def passkey(
         prompts = retrieval.Prompts(loaded.tokenizer)
         wanted = wanted or prompts.default_lengths(training_length(loaded.model.config))
         retrieval.check_grid(prompts, wanted, places)
+    make_folder(out)
     results = retrieval.compare(
         loaded.model,
         loaded.tokenizer,
@@ -285,9 +284,9 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
-    temperature: Annotated[float, typer.Option(help="Above 0.")] = 0.8,
+    temperature: TemperatureOption = 0.8,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: SeedOption = None,
     n_global: NGlobalOption = 16,
     window: WindowOption = None,
     max_distance: MaxDistanceOption = None,
@@ -353,6 +352,7 @@ def demo(
     train_length = training_length(loaded.model.config)
     with blamed("--longest"):
         evaluation.check_lengths([train_length, longest], len(text))
+    make_folder(out)
     lengths = evaluation.default_lengths(train_length, longest)
     result = run_evaluation(loaded, text, lengths, vanilla_seconds=vanilla_seconds)
 
@@ -442,7 +442,13 @@ def info(
             queries or length, window, n_global, max_distance, rope,
         )  # fmt: skip
         with blamed("--plan"):
-            print_plans(shape, capability, multiprocessors)
+            try:
+                print_plans(shape, capability, multiprocessors)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"no plan for this shape ({reason}); take a smaller one"
+                ) from error
         return
     table = Table(show_header=False)
     table.add_column("fact")

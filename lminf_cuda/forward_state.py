@@ -255,6 +255,11 @@ def locate_tokens(
                 f"attention_mask is {kind}; a patched model takes a padding mask [batch, tokens] "
                 "or None, since the Λ mask is its own"
             )
+        if attention_mask.shape[0] != batch_size:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[0]} rows; it must have {batch_size}, as "
+                "the input has"
+            )
         if attention_mask.shape[1] != n_old + n_tokens:
             raise ValueError(
                 f"attention_mask has {attention_mask.shape[1]} columns; it must have "

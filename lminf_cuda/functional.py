@@ -7,7 +7,13 @@ from torch import Tensor
 
 from lminf_cuda import ops as _ops  # noqa: F401  (registers torch.ops.lminf)
 
-_TYPE_NAMES = {Tensor: "a torch.Tensor", int: "an int", float: "a float", NoneType: "None"}
+_TYPE_NAMES = {
+    Tensor: "a torch.Tensor",
+    int: "an int",
+    float: "a float",
+    bool: "a bool",
+    NoneType: "None",
+}
 
 
 def _check_type(types: type | tuple[type, ...], **arguments: object) -> None:
@@ -66,7 +72,7 @@ def lambda_attention(
         alibi_slopes: [Hq]; slope times the clamped distance is taken from the score.
         sink_logits: [Hq]; one logit a head that joins the softmax's denominator only.
         scale: factor of the scores, default 1/sqrt(D).
-        softcap: c > 0 turns a score s into c * tanh(s / c); 0 is none.
+        softcap: c > 0 turns a score s into c * tanh(s / c); 0 is none. From 1e-30 to 1e30.
         k_start: int64 [B], the position of each row's first key, default 0. Keys at negative
             positions are padding. Positions must stay within +-2^31.
         global_k: [B, Hkv, n_global, D], un-rotated keys of the positions 0 to n_global - 1 when k
@@ -95,6 +101,7 @@ def lambda_attention(
     _check_type((int, torch.SymInt), n_global=n_global, window=window, k_rotated=k_rotated)
     _check_type((int, torch.SymInt, NoneType), max_distance=max_distance)
     _check_type((int, float), rope_scaling=rope_scaling, softcap=softcap)
+    _check_type(bool, rope_interleaved=rope_interleaved)
     _check_type((int, float, NoneType), scale=scale)
     _check_type((Tensor, NoneType), inv_freq=inv_freq, k_start=k_start, cu_seqlens=cu_seqlens)
     _check_type((Tensor, NoneType), alibi_slopes=alibi_slopes, sink_logits=sink_logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lminf_cuda.cache import LambdaCache
 
 UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
 LONGEST_CHARACTER = 4  # bytes of the longest UTF-8 character
+MIN_TEMPERATURE = 1e-6  # logits of float32 are divided by it
 
 
 class TextStream(BaseStreamer):  # type: ignore[misc]
@@ -72,6 +74,24 @@ def prefill(model: Any, input_ids: torch.Tensor, chunk: int, cache: LambdaCache)
             bar.update(piece.shape[1])
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ValueError for what no token can be drawn with."""
+    if not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be above 0 (from {MIN_TEMPERATURE:g} on; use greedy for the "
+            f"likeliest token) and finite, got {temperature}"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ValueError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -93,7 +113,7 @@ def generate(
         write: called with each piece of new text.
         max_new_tokens: 1 or more.
         greedy: take the likeliest token each time; temperature and top_p are then not used.
-        temperature: above 0.
+        temperature: above 0; below 1e-6 the likeliest token is all that is left, see greedy.
         top_p: in (0, 1]; samples from the likeliest tokens that hold this share of the probability.
         seed: of torch's random generator; None leaves it as it is.
         chunk: tokens of the prompt per forward.
@@ -101,14 +121,8 @@ def generate(
     Returns: the new tokens, int64 [n], n <= max_new_tokens.
     Raises ValueError when the prompt is empty or an option is out of range.
     """
-    for name, value, allowed, good in (
-        ("max_new_tokens", max_new_tokens, "1 or more", max_new_tokens >= 1),
-        ("temperature", temperature, "above 0; use greedy for the likeliest", temperature > 0),
-        ("top_p", top_p, "above 0 and at most 1", 0 < top_p <= 1),
-        ("chunk", chunk, "1 or more", chunk >= 1),
-    ):
-        if not good:
-            raise ValueError(f"{name} must be {allowed}, got {value}")
+    check_sampling(temperature, top_p)
+    check_counts(max_new_tokens=max_new_tokens, chunk=chunk)
     input_ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
     if input_ids.shape[1] == 0:
         raise ValueError("prompt is empty; give some text to continue")

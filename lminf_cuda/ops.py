@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 # torch.compile keeps the strides that the caller gave, and trusts the fake kernels below.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -46,6 +47,10 @@ _SCHEMAS = (
 _NO_BACKWARD = (
     "{op} has no backward yet, but an input requires a gradient; wrap the call in "
     "torch.no_grad(), or detach the inputs"
+)
+_NO_FORWARD_MODE = (
+    "{op} has no forward-mode derivative, but an input has a tangent; call it outside of "
+    "torch.func.jvp and forward_ad.dual_level(), or on the primal alone"
 )
 
 
@@ -102,8 +107,11 @@ def _refuse_gradients(op: OpOverload) -> Callable[..., object]:
     """The op's autograd kernel: raises when a gradient would be due, else goes on below."""
 
     def autograd_kernel(keyset: torch._C.DispatchKeySet, *args: object, **kwargs: object) -> object:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args, kwargs)):
+        tensors = _tensors(args, kwargs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise RuntimeError(_NO_BACKWARD.format(op=op._opname))
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise RuntimeError(_NO_FORWARD_MODE.format(op=op._opname))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 

@@ -88,6 +88,8 @@ def _attend(
         if first is not None:
             positions = (positions + first[:, None]).clamp(min=0)
         query = (query * layer.query_scale(positions)[:, None, :, None]).to(query.dtype)
+    # Under autocast a rotary embedding makes float32 of queries and keys, but not of values.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # The op takes one head dim, whose first dims rotate.
     value_dim = value.shape[-1]
     query, key = layer.arrange(query), layer.arrange(key)

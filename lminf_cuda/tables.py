@@ -148,14 +148,11 @@ class PlanShape:
     rope: bool
 
     def tensor(self, heads: int, rows: int) -> torch.Tensor:
-        """[B, heads, rows, D], all rows in the same memory: plans look at no value."""
-        row = torch.empty(self.head_dim, dtype=self.dtype, device=self.device)
-        return row.expand(self.batch, heads, rows, -1)
-
-    def cache(self, slots: int) -> torch.Tensor:
-        """[B, kv_heads, slots, D], which the op would write to, so every row has its own memory."""
-        shape = (self.batch, self.kv_heads, slots, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        """[B, heads, rows, D] in little memory: its rows are those of a dense tensor to a plan,
+        which looks at no value, but each of them stands one row behind its neighbours."""
+        shape = (self.batch, heads, rows, self.head_dim)
+        memory = torch.empty(sum(shape[:3]) * self.head_dim, dtype=self.dtype, device=self.device)
+        return memory.as_strided(shape, (self.head_dim, self.head_dim, self.head_dim, 1))
 
 
 def _plan_value(x: str | int) -> str:
@@ -171,7 +168,8 @@ def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) 
     if shape.rope:
         options["inv_freq"] = torch.ones(shape.head_dim // 2, device=shape.device)
     keys = shape.tensor(shape.kv_heads, shape.length)
-    ring, few = shape.cache(shape.window), shape.cache(shape.n_global)
+    ring = shape.tensor(shape.kv_heads, shape.window)
+    few = shape.tensor(shape.kv_heads, shape.n_global)
     one = shape.tensor(shape.kv_heads, 1)
     plans = {
         "lambda_attn": kernel_plan(

@@ -90,6 +90,14 @@ def test_info_plan_shows_which_kernels_serve_a_shape():
     code, output = lminf("info", "--plan", "--capability", 90, "--window", 4096)
     assert code == 0
     assert re.search(r"lambda_attn \w+ .* lambda_decode sm80 16 16 33 yes 264 128", output)
+    code, output = lminf("info", "--plan", "--capability", 90, *shape)
+    q, k = (torch.empty(1, heads, 500, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    rope = {"inv_freq": torch.ones(32)}
+    real = lminf_cuda.kernel_plan(q, k, k, 16, 64, device_capability=90, **rope)
+    assert code == 0
+    assert real.kernel == "sm90"
+    tiles = rf"{real.block_m} {real.block_n} 1 \w+ {real.blocks}"
+    assert re.search(rf"lambda_attn sm90 {tiles} ", output)
     code, output = lminf("info", "--plan", "--heads", 7)
     assert code == 2 and "q has 7 heads and k has 8" in output
 
@@ -207,7 +215,12 @@ def generate_with(**changes):
         (generate_with(prompt_file="absent.txt"), "--prompt-file", "no such text file"),
         (generate_with(prompt_file="empty.txt"), "--prompt-file", "is empty"),
         (generate_with(prompt_file=None), "--prompt-file", "Missing option"),
-        (generate_with(temperature="0"), "--temperature", "--greedy takes the likeliest"),
+        (generate_with(temperature="0"), "--temperature", "use greedy for the likeliest"),
+        (generate_with(temperature="nan"), "--temperature", "use greedy for the likeliest"),
+        (generate_with(temperature="1e-45"), "--temperature", "use greedy for the likeliest"),
+        (generate_with(seed=str(2**64)), "--seed", "[<≤]|less than or equal to"),
+        (evaluate_with(out="text.txt"), "--out", "give a folder that can be written to"),
+        (evaluate_with(out="text.txt/deeper"), "--out", "give a folder that can be written to"),
         (generate_with(top_p="2"), "--top-p", "above 0 and at most 1"),
         (generate_with(max_new_tokens="0"), "--max-new-tokens", at_least(1)),
         (generate_with(model="gpt2"), "MODEL", "supported model types: "),
@@ -233,6 +246,12 @@ def test_bad_input_names_the_argument_and_the_way_out(
     assert argument in output
     assert re.search(way_out, output)
     assert "Traceback" not in output
+
+
+def test_a_shape_without_a_plan_is_named():
+    code, output = lminf("info", "--plan", "--head-dim", "10000000")
+    assert code == 2
+    assert "--plan" in output and "take a smaller one" in output
 
 
 def test_a_missing_cuda_device_is_named(folder):

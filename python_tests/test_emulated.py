@@ -185,6 +185,20 @@ def test_unused_slots_of_the_globals_on_hopper(head_dim):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("n_global", [0, 3])
+def test_keys_that_are_not_read_as_they_stand_may_have_any_strides_on_hopper(n_global):
+    """Rotated keys come from the workspace, so TMA never sees those that are given."""
+    q, k, v = qkv(20, 20, dtype=torch.bfloat16)
+    few = qkv(1, 1, dtype=torch.bfloat16)[1].expand(-1, -1, n_global, -1)
+    for keys, held in ((k[:, :, :1].expand_as(k), {}), (k, {"global_k": few, "global_v": v})):
+        held = {name: x[:, :, :n_global] for name, x in held.items()}
+        score = options("rope", 2, 64)
+        with emulated.device(capability=90):
+            values = emulated.lambda_attn_values(q, keys, v, n_global, 30, **held, **score)
+            assert emulated.module().attn_kernel(values) == "sm90"
+            check_lambda_attn("emulated", q, keys, v, n_global=n_global, window=30, **held, **score)
+
+
 def test_too_large_a_head_dim_is_refused():
     q, k, v = qkv(4, 4, head_dim=2049)
     with pytest.raises(ValueError, match="head dim is 2049, but on CUDA it must be at most 2048"):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import lminf_cuda
 
@@ -88,9 +89,12 @@ ATTN_CASES = [
     # Scores
     ({"scale": math.nan}, "scale is nan, but must be a finite number"),
     ({"scale": -math.inf}, "scale is -inf, but must be a finite number"),
-    ({"softcap": -1.0}, "softcap is -1, but must be 0 (none) or a positive finite number"),
+    ({"softcap": -1.0}, "softcap is -1, but must be 0 (none) or a positive number from 1e-30"),
     ({"softcap": math.nan}, "softcap is nan"),
     ({"softcap": math.inf}, "softcap is inf"),
+    ({"softcap": 1e-40}, "softcap is 1e-40, but must be 0 (none) or a positive number from 1e-30"),
+    ({"softcap": 1e37}, "softcap is 1e+37, but must be 0 (none) or a positive number from 1e-30"),
+    ({"scale": 1e39}, "scale is 1e+39, but must be a finite number, in float32 too"),
     ({"alibi_slopes": zeros(HQ - 1)}, "alibi_slopes has shape [3], but must be [Hq] = [4]"),
     ({"alibi_slopes": zeros(HQ, 1)}, "alibi_slopes has shape [4, 1], but must be [Hq] = [4]"),
     ({"alibi_slopes": zeros(HQ).int()}, "alibi_slopes has dtype int32, but must be float32"),
@@ -167,6 +171,7 @@ def test_lambda_attn(change, text, way):
         ({"max_distance": 8.0}, "max_distance is a float, but must be an int or None"),
         ({"scale": "1"}, "scale is a str, but must be an int or a float or None"),
         ({"softcap": None}, "softcap is a NoneType, but must be an int or a float"),
+        ({"rope_interleaved": "no"}, "rope_interleaved is a str, but must be a bool"),
         ({"inv_freq": [1.0]}, "inv_freq is a list, but must be a torch.Tensor or None"),
         ({"k_start": 0}, "k_start is a int, but must be a torch.Tensor or None"),
         ({"sink_logits": 0.0}, "sink_logits is a float, but must be a torch.Tensor or None"),
@@ -230,7 +235,7 @@ DECODE_CASES = [
     ({"max_distance": 3}, "max_distance is 3, but must be at least window, which is 4"),
     ({"inv_freq": zeros(D)}, "inv_freq has 8 frequencies, but must have 1 to 4"),
     ({"scale": math.inf}, "scale is inf, but must be a finite number"),
-    ({"softcap": -0.5}, "softcap is -0.5, but must be 0 (none) or a positive finite number"),
+    ({"softcap": -0.5}, "softcap is -0.5, but must be 0 (none) or a positive number from 1e-30"),
     ({"sink_logits": zeros(HQ + 1)}, "sink_logits has shape [5], but must be [Hq] = [4]"),
     ({"alibi_slopes": zeros(1)}, "alibi_slopes has shape [1], but must be [Hq] = [4]"),
     ({"distance_bias": zeros(HQ, 6)}, "but must be [Hq, max_distance + 1] = [4, 5]"),
@@ -296,7 +301,7 @@ MIDDLE_CASES = [
     ({"distance": -1}, "distance is -1, but must be at least 0"),
     ({"distance": 2**31}, "distance is 2147483648, but must be at least 0 and below 2^31"),
     ({"inv_freq": zeros(D)}, "inv_freq has 8 frequencies, but must have 1 to 4"),
-    ({"softcap": -0.5}, "softcap is -0.5, but must be 0 (none) or a positive finite number"),
+    ({"softcap": -0.5}, "softcap is -0.5, but must be 0 (none) or a positive number from 1e-30"),
     ({"sink_logits": zeros(HQ + 1)}, "sink_logits has shape [5], but must be [Hq] = [4]"),
 ]
 
@@ -358,6 +363,19 @@ def test_gradients_are_refused_by_clamped_rope():
     with pytest.raises(RuntimeError, match="clamped_rope has no backward yet"):
         torch.ops.lminf.clamped_rope(x, *arguments)
     torch.ops.lminf.clamped_rope(x.detach(), *arguments)
+
+
+def test_tangents_are_refused():
+    x = torch.randn(1, 2, 3, 4)
+    rest = (torch.arange(3), torch.rand(2))
+    for function in (
+        lambda q: torch.ops.lminf.lambda_attn(q, x, x, 1, 2)[0],
+        lambda q: torch.ops.lminf.clamped_rope(q, *rest),
+    ):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative, but an input has a"):
+            torch.func.jvp(function, (x,), (x,))
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="tangent"):
+            function(forward_ad.make_dual(x, x))
 
 
 def test_an_unknown_instruction_set(monkeypatch):

@@ -14,6 +14,7 @@ from cases import (
     poisoned,
     qkv,
     randn,
+    run_reference,
 )
 from test_clamped_rope import check as check_clamped_rope
 from test_lambda_decode import Cache, step
@@ -278,3 +279,25 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch, name):
         torch.ops.lminf.lambda_attn(q, k, v, 1, 2)
     with pytest.raises(ValueError, match="portable"):
         ops.cpu_isa()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exponent", [20, 32, 60])
+def test_scores_far_beyond_a_float_exponent(isa, dtype, exponent):
+    """Each query sees next to nothing but its best key; the next one is many powers of e behind."""
+    q, k, v = qkv(90, 90, heads_q=2, head_dim=24, dtype=dtype)
+    options_ = {"scale": 2.0**exponent, "inv_freq": None}
+    truth, truth_lse = run_reference(q, k, v, True, n_global=2, window=30, **options_)
+    out, lse = call("cpu", "lambda_attn", q, k, v, 2, 30, **options_)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-6, atol=0)
+    ring_k, ring_v = torch.full((2, 1, 1, 30, 24), NAN).to(dtype)
+    slots = [x[:, :, :2].clone() for x in (k, v)]
+    for n in range(60, 90):
+        ring_k[:, :, n % 30], ring_v[:, :, n % 30] = k[:, :, n], v[:, :, n]
+    last = [x[:, :, 89:] for x in (q, k, v)]
+    out, lse = call(
+        "cpu", "lambda_decode", *last, ring_k, ring_v, *slots, torch.tensor([89]), 30, **options_
+    )
+    torch.testing.assert_close(out.double(), truth[:, :, 89:], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse.double(), truth_lse[:, :, 89:], rtol=1e-6, atol=0)

@@ -206,6 +206,11 @@ def test_without_lambda_keys_the_middle_stands_alone(backend: str, sink: bool) -
     check(backend, arguments)
 
 
+def test_lse_beside_a_sink_that_outweighs_all_keys(backend: str) -> None:
+    """The sink's logit is not part of lse, however far below it the scores are."""
+    check(backend, case(60, sink_logits=torch.tensor([150.0, 300.0])))
+
+
 def test_strided_inputs(backend: str) -> None:
     arguments = case(70, batch=2, heads_q=4, heads_kv=2, **options("rope", 4, 64))
     for name in ("q", "k", "v", "lambda_out"):

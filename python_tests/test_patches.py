@@ -357,6 +357,21 @@ def test_patched_in_bfloat16_stays_near_float32() -> None:
     assert max_difference(got, expected) < 0.25  # two layers at 8 bits of mantissa
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "bloom"])
+def test_under_autocast_as_near_to_float32_as_unpatched(name: str) -> None:
+    model = tiny_model(name)
+    ids = tokens(2, 20)
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        unpatched = model(ids, use_cache=False).logits
+    patch_model(model, n_global=2, window=30)
+    cache = LambdaCache(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = [model(part, past_key_values=cache).logits for part in ids.split([12, 7, 1], dim=1)]
+    allowed = 2.5 * max_difference(unpatched, expected)
+    assert 0 < max_difference(torch.cat(got, dim=1), expected) < allowed
+
+
 def test_base_model_and_positional_arguments() -> None:
     model = patch_model(tiny_model(), n_global=2, window=6)
     ids = tokens(2, 30)
@@ -436,6 +451,11 @@ def _bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             {"attention_mask": torch.ones(2, 9)},
             ValueError,
             "attention_mask has 9 columns; it must have 10",
+        ),
+        "mask of more rows": (
+            {"attention_mask": torch.ones(3, 10)},
+            ValueError,
+            "attention_mask has 3 rows; it must have 2",
         ),
         "packed": ({"position_ids": packed}, ValueError, "packed into one row"),
         "gap": ({"position_ids": 2 * torch.arange(10)[None]}, ValueError, "position_ids of row 0"),

@@ -37,7 +37,7 @@ def _find_torch() -> None:
     wanted = f"torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"
     advice = (
         f"install {wanted} into the environment that runs this build and try again, "
-        "or pass --no-build-isolation if it is there"
+        "or pass --no-build-isolation (python -m build: --no-isolation) if it is there"
     )
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(

@@ -217,14 +217,16 @@ class MiddleTopk {
     const float sink =
         p_.score.sink_logits == nullptr ? minus_infinity() : p_.score.sink_logits[head] * kLog2e;
     // Softcap keeps the order of the products, so the first score is the largest.
-    const float max = std::max(finished(top.score[0], head), std::max(lambda, sink));
+    const float visible_max = std::max(finished(top.score[0], head), lambda);
+    const float max = std::max(visible_max, sink);
     const float seen = exp2f(lambda - max), sunk = exp2f(sink - max);
-    float sum = 0.0f;
+    float sum = 0.0f, visible = exp2f(lambda - visible_max);  // which a large sink leaves alone
     load_row(lambda_out, dim_, s.sum, dim_padded_);
     scale_row(s.sum, dim_padded_, seen + sunk);
     for (int64_t n = 0; n < p_.top_k && top.position[n] >= 0; ++n) {
-      const float weight = exp2f(finished(top.score[n], head) - max);
+      const float score = finished(top.score[n], head), weight = exp2f(score - max);
       sum += weight;
+      visible += exp2f(score - visible_max);
       load_row(
           at(static_cast<const T*>(p_.v), p_.v_stride, b, h, top.position[n] - first_position(b)),
           dim_, s.row, dim_padded_);
@@ -232,7 +234,7 @@ class MiddleTopk {
     }
     scale_row(s.sum, dim_padded_, 1.0f / (seen + sunk + sum));
     store_row(s.sum, dim_, out);
-    lse = (max + log2f(seen + sum)) * kLn2;
+    lse = (visible_max + log2f(visible)) * kLn2;
   }
 
   const MiddleTopkParams& p_;

@@ -7,6 +7,10 @@
 constexpr float kMaxLag = 8.0f;
 constexpr float kLowestMax = std::numeric_limits<float>::lowest();
 
+// Up to here the rounding of a score in units of log2 is small beside 1. Beyond it the maximum,
+// which is rounded, and the scores must be rounded alike: a fused step would leave them far apart.
+constexpr float kFusedMax = 1 << 20;
+
 struct RowStates {
   float* max;  // [rows]
   float* sum;  // [rows][kLanes], partial sums by lane
@@ -132,9 +136,8 @@ inline void scale_row(float* row, int n, float factor) {
 // One row's step: moves the reference if it must, rescales what stands, and writes the
 // probabilities. Columns [lo, hi) are visible, [begin, end) is what the product with V will read.
 template <int kDegree, typename P>
-inline void softmax_row(const RowStates& states, int row, int dim_padded, const float* scores,
-                        P* probs, int lo, int hi, int begin, int end, float factor,
-                        float tile_max) {
+inline void softmax_row(const RowStates& states, int row, int dim_padded, float* scores, P* probs,
+                        int lo, int hi, int begin, int end, float factor, float tile_max) {
   if (lo >= hi) {
     const Vec zero = vset(0.0f);
     for (int c = begin; c < end; c += kLanes) vstore(probs + c, zero);
@@ -150,6 +153,10 @@ inline void softmax_row(const RowStates& states, int row, int dim_padded, const 
     if (max != minus_infinity()) scale_row(states.out + row * dim_padded, dim_padded, rescale);
     vstore(sum, vmul(vload(sum), vset(rescale)));
     max = tile_max;
+  }
+  if (factor != 1.0f && std::abs(max) > kFusedMax) {
+    scale_row(scores + begin, end - begin, factor);
+    factor = 1.0f;
   }
   const Vec added = row_exp<kDegree>(scores, probs, lo, hi, begin, end, factor, max);
   vstore(sum, vadd(vload(sum), added));

@@ -624,8 +624,9 @@ void run_lambda_attn_sm90(AttnSources sources, int multiprocessors, Stream strea
   arguments.out = map(p.out, p.out_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
   arguments.window_k = keys_map(sources.window_k, Traits::kBlockN);
   arguments.window_v = map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, Traits::kBlockN);
-  arguments.near_k = keys_map(sources.near_k, kGlobalN);
-  arguments.far_k = keys_map(sources.far_k, kGlobalN);
+  // A branch without keys leaves its map unread; what stands there then need not fit TMA.
+  arguments.near_k = sources.has_near ? keys_map(sources.near_k, kGlobalN) : arguments.window_k;
+  arguments.far_k = sources.has_far ? keys_map(sources.far_k, kGlobalN) : arguments.window_k;
   arguments.global_v = p.global_v != nullptr
                            ? map(p.global_v, p.global_v_stride, p.n_global, p.heads_kv, kGlobalN)
                            : map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, kGlobalN);

@@ -256,23 +256,27 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
   const float slope = alibi_slope(p.score, head);
   const float bias = distance_bias_at(p.score, head, p.distance, 0);
   // Softcap keeps the order of the products, so the first score is the largest.
-  const float max = fmaxf(finished(p, load_global(top.score), slope, bias), fmaxf(lambda, sink));
+  const float visible_max = fmaxf(finished(p, load_global(top.score), slope, bias), lambda);
+  const float max = fmaxf(visible_max, sink);
   const float seen = exp2f(lambda - max), sunk = exp2f(sink - max);
   const int64_t first = first_position(p, b);
   const T* v_rows = static_cast<const T*>(p.v) + b * p.v_stride.batch +
                     head / (p.heads_q / p.heads_kv) * p.v_stride.head;
   for (int dim = thread; dim < p.head_dim; dim += kThreads) {
     float total = to_float(load_global(lambda_out + dim)) * (seen + sunk), sum = 0.0f;
+    float visible = exp2f(lambda - visible_max);  // which a large sink leaves alone
     for (int64_t n = 0; n < p.top_k; ++n) {
       const int64_t j = load_global(top.position + n);
       if (j < 0) break;
-      const float weight = exp2f(finished(p, load_global(top.score + n), slope, bias) - max);
+      const float score = finished(p, load_global(top.score + n), slope, bias);
+      const float weight = exp2f(score - max);
       sum += weight;
+      visible += exp2f(score - visible_max);
       const T value = load_global(v_rows + (j - first) * p.v_stride.seq + dim);
       total = fmaf(weight, to_float(value), total);
     }
     store_global(out + dim, from_float<T>(total / (seen + sunk + sum)));
-    if (dim == 0) store_global(p.lse + row, (max + log2f(seen + sum)) * kLn2);
+    if (dim == 0) store_global(p.lse + row, (visible_max + log2f(visible)) * kLn2);
   }
 }
 

@@ -142,13 +142,16 @@ inline void check_head_dim(const char* op, const char* name, int64_t head_dim) {
   LMINF_CHECK(op, head_dim >= 1, name, " has head dim ", head_dim, ", but it must be at least 1");
 }
 
+// Kernels compute in float32.
 inline void check_finite(const char* op, const char* name, double value) {
-  LMINF_CHECK(op, std::isfinite(value), name, " is ", value, ", but must be a finite number");
+  LMINF_CHECK(op, std::isfinite(static_cast<float>(value)), name, " is ", value,
+              ", but must be a finite number, in float32 too");
 }
 
+// Beyond these limits s / c or c itself would leave the range of float32.
 inline void check_softcap(const char* op, double softcap) {
-  LMINF_CHECK(op, std::isfinite(softcap) && softcap >= 0, "softcap is ", softcap,
-              ", but must be 0 (none) or a positive finite number");
+  LMINF_CHECK(op, softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), "softcap is ", softcap,
+              ", but must be 0 (none) or a positive number from 1e-30 to 1e30");
 }
 
 inline void check_window(const char* op, int64_t window, std::optional<int64_t> max_distance) {
