@@ -17,6 +17,7 @@ from cases import (
     poisoned,
     qkv,
     randn,
+    run_reference,
     slopes,
 )
 from conftest import backend_params
@@ -210,6 +211,21 @@ def test_a_key_reaches_only_the_rows_that_see_it(backend, into, poison, dtype):
             assert out[..., others].isfinite().all()
         elif poison != poison:
             assert out[:, :, sees].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exponent", [20, 32, 60])
+@pytest.mark.parametrize("option", ["scale", "alibi"])
+def test_scores_far_beyond_a_float_exponent(backend, option, exponent, dtype):
+    """Each query sees next to nothing but its best key; the next one is many powers of e behind."""
+    q, k, v = qkv(90, 90, heads_q=2, head_dim=64, dtype=dtype)
+    options_ = {"scale": 2.0**exponent}
+    if option == "alibi":
+        options_["alibi_slopes"] = torch.tensor([0.37, 0.11]) * 2.0**exponent
+    truth, truth_lse = run_reference(q, k, v, True, n_global=2, window=30, **options_)
+    out, lse = call(backend, "lambda_attn", q, k, v, 2, 30, **options_)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])

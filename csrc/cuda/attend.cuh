@@ -137,9 +137,9 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
   }
 
   // --- Online softmax ---
-  const float unit = rows.scoring().exponent_unit();
+  float unit = rows.scoring().exponent_unit();
   float factor[2 * kRowTiles];
-  bool changed = false;
+  bool changed = false, far = false;
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
     float m = minus_infinity();
@@ -151,10 +151,24 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
     m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, 2));
     const float new_max = fmaxf(state.max[r], m * unit);
     changed |= new_max != state.max[r];
-    // A row that has seen no key yet keeps max -inf; against 0 its weights come out 0.
-    const float base = new_max == minus_infinity() ? 0.0f : new_max;
-    factor[r] = ptx::exp2_approx(state.max[r] - base);
+    factor[r] = ptx::exp2_approx(state.max[r] - softmax_base(new_max));
     state.max[r] = new_max;
+    far |= fabsf(softmax_base(new_max)) > kFusedMax;
+  }
+  if (far) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][n][e] *= unit;
+      }
+    }
+    unit = 1.0f;
+  }
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+    const float base = softmax_base(state.max[r]);
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {

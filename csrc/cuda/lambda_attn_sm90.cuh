@@ -203,7 +203,7 @@ LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows<false>& r
 template <int kKeys>
 LMINF_DEVICE bool to_weights(float (&s)[kKeys / 2], RowStates& state, float unit,
                              float (&factor)[2]) {
-  bool changed = false;
+  bool changed = false, far = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float m = minus_infinity();
@@ -215,10 +215,18 @@ LMINF_DEVICE bool to_weights(float (&s)[kKeys / 2], RowStates& state, float unit
     m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, 2));
     const float new_max = fmaxf(state.max[r], m * unit);
     changed |= new_max != state.max[r];
-    // A row that has seen no key yet keeps max -inf; against 0 its weights come out 0.
-    const float base = new_max == minus_infinity() ? 0.0f : new_max;
-    factor[r] = ptx::exp2_approx(state.max[r] - base);
+    factor[r] = ptx::exp2_approx(state.max[r] - softmax_base(new_max));
     state.max[r] = new_max;
+    far |= fabsf(softmax_base(new_max)) > kFusedMax;
+  }
+  if (far) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) s[i] *= unit;
+    unit = 1.0f;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float base = softmax_base(state.max[r]);
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
