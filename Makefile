@@ -11,6 +11,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Each test runs on one thread; some gigabytes of memory for each of these processes.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 BUILD := build/cmake
@@ -29,7 +31,7 @@ demo: $(installed)
 	$(BIN)/lminf demo
 
 test: $(installed_dev)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 cpp-test: $(BIN)/cmake
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD) -G Ninja

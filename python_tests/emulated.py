@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import lminf_cuda  # noqa: F401  (registers the ops, whose schemas are read here)
@@ -56,16 +57,18 @@ def missing() -> str | None:
 
 
 def build(folder: Path, *targets: str) -> None:
-    """Configures and builds; the output is shown when that fails."""
+    """Configures and builds, one process at a time; the output is shown when that fails."""
     configure = ["cmake", "-S", str(ROOT / "csrc/emulation"), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLMINF_CUDA_INCLUDE={cuda_headers()}"]
     compile_ = ["cmake", "--build", str(folder), "--target", *targets]
     if jobs := os.environ.get("MAX_JOBS"):
         compile_ += ["-j", jobs]
-    for command in (configure, compile_):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        for command in (configure, compile_):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 @functools.cache

@@ -44,4 +44,5 @@ ctest --test-dir "$folder" --output-on-failure
 LMINF_EMULATION_BUILD=$PWD/$folder OMP_NUM_THREADS=1 \
   ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=exitcode=66 \
   LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)" \
-  "$python" -m pytest -q -p no:cacheprovider "${chosen[@]}"
+  "$python" -m pytest -q -p no:cacheprovider -n auto --maxprocesses 8 --dist worksteal \
+  "${chosen[@]}"
