@@ -301,3 +301,24 @@ def test_scores_far_beyond_a_float_exponent(isa, dtype, exponent):
     )
     torch.testing.assert_close(out.double(), truth[:, :, 89:], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(lse.double(), truth_lse[:, :, 89:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_references_that_move_within_a_tile(isa, dtype):
+    """The softmax's reference comes from the latest keys: here older ones outweigh them, head by
+    head by a growing bias, by one that jumps about, by one distance alone, or since the latest 150
+    are hidden."""
+    distance = torch.arange(501.0)
+    jumps = 60.0 * randn(7, 26)[0].repeat_interleave(20)[:501]
+    alone = torch.where(distance == 333, 700.0, -700.0)
+    hidden = torch.where(distance < 150, -INF, 0.1 * distance)
+    table = torch.stack([0.5 * distance, jumps, alone, hidden])
+    q, k, v = qkv(600, 600, heads_q=4, heads_kv=2, head_dim=32, dtype=dtype)
+    score = dict(n_global=5, window=450, max_distance=500, distance_bias=table)
+    truth, truth_lse = run_reference(q, k, v, True, **score)
+    score.pop("n_global"), score.pop("window")
+    out, lse = call("cpu", "lambda_attn", q, k, v, 5, 450, **score)
+    # Scores of some hundreds are rounded to multiples of 2^-15.
+    bound = 2e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), truth, rtol=bound, atol=bound)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-4, atol=1e-3)

@@ -8,6 +8,11 @@
 // next tasks, which are the neighbouring queries. Within a tile, a block of kBlockRows<E> rows
 // multiplies only the columns that one of its rows sees; since a branch is a band of distances,
 // what a row sees of a tile is one range of columns, and only the ends of that range are masked.
+//
+// A block takes a tile in strips of kStripKeys keys: their scores become probabilities at once,
+// relative to the reference that the row has already, which mostly serves; no maximum is looked
+// for. The values follow for the whole tile. Where a score is far above the reference, the values
+// of the strips so far come first, and the reference moves.
 
 template <typename T>
 using PackedType = std::conditional_t<LMINF_BF16 && std::is_same_v<T, bf16>, bf16, float>;
@@ -19,9 +24,6 @@ constexpr int64_t kBiasStride = kBlockRows<E> + kTileKeys<E>;
 // What one thread needs for its tasks.
 template <typename E>
 struct AttnScratch {
-  // Scores become probabilities in place: a rounded one never reaches past the score it comes from.
-  static constexpr int kProbStride = kScoreStride<E> * sizeof(float) / sizeof(E);
-
   AttnScratch(int64_t rows, int64_t slots, int dim_padded, const Rotary& rotary)
       : memory(bytes(rows, slots, dim_padded, rotary)),
         rotation(memory, rotary, kTileKeys<E>),
@@ -30,8 +32,8 @@ struct AttnScratch {
     states.max = memory.take<float>(rows);
     states.sum = memory.take<float>(rows * kLanes);
     states.out = memory.take<float>(rows * dim_padded);
-    scores = memory.take<float>(kBlockRows<E> * kScoreStride<E>);
-    probs = reinterpret_cast<E*>(scores);
+    scores = memory.take<float>(kBlockRows<E> * kStripKeys);
+    probs = memory.take<E>(kBlockRows<E> * kProbStride<E>);
     key_rows = memory.take<E>(kLanes * dim_padded);
     row = memory.take<float>(dim_padded);
     biases = memory.take<float>(kMaxHeadsPerTask * kBiasStride<E>);
@@ -41,7 +43,8 @@ struct AttnScratch {
     return TileRotation::bytes(rotary, kTileKeys<E>) + TileCache<E>::bytes(slots, dim_padded) +
            Scratch::bytes<E>(rows * dim_padded) + Scratch::bytes<float>(rows) +
            Scratch::bytes<float>(rows * kLanes) + Scratch::bytes<float>(rows * dim_padded) +
-           Scratch::bytes<float>(kBlockRows<E> * kScoreStride<E>) +
+           Scratch::bytes<float>(kBlockRows<E> * kStripKeys) +
+           Scratch::bytes<E>(kBlockRows<E> * kProbStride<E>) +
            Scratch::bytes<E>(kLanes * dim_padded) + Scratch::bytes<float>(dim_padded) +
            Scratch::bytes<float>(kMaxHeadsPerTask * kBiasStride<E>);
   }
@@ -51,31 +54,23 @@ struct AttnScratch {
   TileCache<E> tiles;
   RowStates states;
   E* queries;     // [rows][Dp]
-  float* scores;  // [kBlockRows<E>][kScoreStride<E>]
-  E* probs;       // [kBlockRows<E>][kProbStride]
+  float* scores;  // [kBlockRows<E>][kStripKeys]
+  E* probs;       // [kBlockRows<E>][kProbStride<E>]
   E* key_rows;    // [kLanes][Dp] on their way into a tile
   float* row;     // [Dp]
+  ReadAhead ahead;
   float* biases;  // [heads of a task][kBiasStride<E>], see fill_biases
 };
 
 template <typename T>
 class LambdaAttnForward {
   using E = PackedType<T>;
-  static constexpr int kProbStride = AttnScratch<E>::kProbStride;
-  static constexpr int kExpDegree = std::is_same_v<E, float> ? 5 : 4;
 
  public:
   LambdaAttnForward(const LambdaAttnParams& params, const Rotary& rotary)
-      : p_(params), rotary_(rotary), dim_(static_cast<int>(params.head_dim)) {
+      : p_(params), rotary_(rotary), map_(params.score), dim_(static_cast<int>(params.head_dim)) {
     const int grain = std::max(kKGrain<E>, kLanes);
     dim_padded_ = (dim_ + grain - 1) / grain * grain;
-    block_rows_ = p_.window <= kSmallWindow ? kBlockRows<E> / 2 : kBlockRows<E>;
-    map_.scale = p_.score.scale;
-    map_.softcap = p_.score.softcap;
-    // A negative scale turns maxima into minima, so it is applied before they are taken.
-    map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
-                   map_.softcap > 0.0f || map_.scale < 0.0f;
-    map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
   }
 
   void run(const Threads& threads) const {
@@ -188,13 +183,14 @@ class LambdaAttnForward {
       const Range window_tiles =
           far.done() && near.done() ? window.take(s.tiles.slots(window.kind)) : Range{0, 0};
       last = far.done() && near.done() && window.done();
-      for (int64_t row = 0; row < rows; row += block_rows_) {
-        const RowBlock b = {row, std::min<int64_t>(block_rows_, rows - row)};
+      for (int64_t row = 0; row < rows; row += kBlockRows<E>) {
+        const RowBlock b = {row, std::min<int64_t>(kBlockRows<E>, rows - row)};
         if (first) {
           std::fill_n(s.states.max + b.row, b.rows, minus_infinity());
           std::fill_n(s.states.sum + b.row * kLanes, b.rows * kLanes, 0.0f);
           std::fill_n(s.states.out + b.row * dim_padded_, b.rows * dim_padded_, 0.0f);
           if (raw) load_queries(t, b, /*rotate=*/false, s);
+          read_ahead(t, b, s);
         }
         if (raw) meet(t, far, far_tiles, b, s);
         if (to_rotate) load_queries(t, b, /*rotate=*/true, s);
@@ -236,6 +232,28 @@ class LambdaAttnForward {
     }
   }
 
+  // What will be wanted next and does not stand in a cache: the outputs' memory, the queries of the
+  // next block, the keys and values that the next task sees beyond this one.
+  void read_ahead(const AttnTask& t, RowBlock b, AttnScratch<E>& s) const {
+    const int64_t first = b.row / t.heads;
+    const int64_t last = (b.row + b.rows - 1) / t.heads, queries = last + 1 - first;
+    const auto add = [&](const void* base, const Strides& stride, int64_t head, int64_t n,
+                         int64_t rows) {
+      s.ahead.add(LambdaAttnForward::head<T>(base, stride, t.batch, head) + n * stride.seq,
+                  stride.seq * static_cast<int64_t>(sizeof(T)), rows);
+    };
+    s.ahead.restart(dim_ * static_cast<int64_t>(sizeof(T)));
+    for (int64_t h = t.head_q; h < t.head_q + t.heads; ++h) {
+      add(p_.out, p_.out_stride, h, t.query + first, queries);
+      add(p_.q, p_.q_stride, h, t.query + last + 1, min64(queries, t.queries - last - 1));
+    }
+    const int64_t key = t.position - t.key_position + first + t.queries;
+    const int64_t keys = min64(queries, t.keys - key);
+    add(p_.k, p_.k_stride, t.head_kv, t.key_index + key, keys);
+    add(p_.v, p_.v_stride, t.head_kv, t.key_index + key, keys);
+    s.ahead.spread(b.rows * ((min64(p_.window, t.keys) + queries) / kStripKeys + 1));
+  }
+
   // One block of rows against some tiles of a branch. The latest keys come first: with ALiBi they
   // have the largest scores, which then stay the reference.
   void meet(const AttnTask& t, const Walk& walk, Range tiles, RowBlock b, AttnScratch<E>& s) const {
@@ -251,58 +269,93 @@ class LambdaAttnForward {
     }
   }
 
-  // One block of rows against one packed tile of keys.
+  // One block of rows against one packed tile of keys, and what each row sees of it.
+  struct Meeting {
+    const AttnTask& t;
+    const typename TileCache<E>::Tile& tile;
+    KeyFrame frame;
+    int64_t tile_first;  // position of the tile's first key
+    int64_t row0, rows;
+    Range queries;
+    int lo[kBlockRows<E>], hi[kBlockRows<E>];  // columns of the tile that a row sees
+    int all_lo, all_hi;                        // columns that all rows see
+
+    int64_t query(int64_t r) const { return t.position + (row0 + r) / t.heads; }
+    int64_t head(int64_t r) const { return (row0 + r) % t.heads; }
+  };
+
   void run_block(const AttnTask& t, const Branch& branch, KeyFrame frame,
                  const typename TileCache<E>::Tile& tile, int64_t tile_first, int64_t row0,
                  int64_t rows, AttnScratch<E>& s) const {
-    const Range queries = {t.position + row0 / t.heads,
-                           t.position + (row0 + rows - 1) / t.heads + 1};
+    Meeting m = {t, tile, frame, tile_first, row0, rows, {}, {}, {}, 0, kTileKeys<E>};
+    m.queries = {m.query(0), m.query(rows - 1) + 1};
     const Range seen =
-        intersect(branch.visible_keys(queries), {tile_first, tile_first + kTileKeys<E>});
+        intersect(branch.visible_keys(m.queries), {tile_first, tile_first + kTileKeys<E>});
     if (seen.empty()) return;
+    for (int64_t i = m.queries.lo, r = 0; r < rows; ++i) {
+      const Range row_sees = intersect(branch.visible_keys({i, i + 1}), seen);
+      const int lo = static_cast<int>(row_sees.lo - tile_first);
+      const int hi = static_cast<int>(row_sees.hi - tile_first);
+      for (int64_t h = m.head(r); h < t.heads && r < rows; ++h, ++r) m.lo[r] = lo, m.hi[r] = hi;
+      m.all_lo = std::max(m.all_lo, lo), m.all_hi = std::min(m.all_hi, hi);
+    }
+    if (p_.score.distance_bias != nullptr) fill_biases(t, m.queries.hi - 1 - tile_first, s);
+
     const int begin = static_cast<int>(seen.lo - tile_first) / kColGrain<E> * kColGrain<E>;
     const int end =
         (static_cast<int>(seen.hi - tile_first) + kColGrain<E> - 1) / kColGrain<E> * kColGrain<E>;
+    with_scores<E>(map_, [&](auto scores) { run_strips(m, begin, end, scores, s); });
+  }
 
-    const Operand<E> keys = keys_from(tile.keys, begin, dim_padded_);
-    gemm<false>(static_cast<int>(rows), end - begin, dim_padded_, s.queries + row0 * dim_padded_,
-                dim_padded_, keys.data, keys.ld, s.scores + begin, kScoreStride<E>);
-
-    if (p_.score.distance_bias != nullptr) fill_biases(t, queries.hi - 1 - tile_first, s);
-    const auto bias_of = [&](int64_t i, int64_t h) {
-      return bias(t, frame, i, h, tile_first, queries.hi - 1 - i, s);
-    };
-
-    int lo[kBlockRows<E>], hi[kBlockRows<E>];
-    float tile_max[kBlockRows<E>];
-    int64_t i = queries.lo, h = row0 % t.heads;
-    for (int64_t r = 0; r < rows; ++r) {
-      const Range row_sees = intersect(branch.visible_keys({i, i + 1}), seen);
-      float* scores = s.scores + r * kScoreStride<E>;
-      lo[r] = static_cast<int>(row_sees.lo - tile_first);
-      hi[r] = static_cast<int>(row_sees.hi - tile_first);
-      if (lo[r] < hi[r]) tile_max[r] = scores_max<E>(map_, bias_of(i, h), scores, lo[r], hi[r]);
-      if (++h == t.heads) h = 0, ++i;
+  // Strip by strip of the columns [begin, end), the latest keys first: scores, then probabilities.
+  // The values follow for all strips at once, or before a row's reference moves.
+  template <typename Scores>
+  void run_strips(const Meeting& m, int begin, int end, Scores scores, AttnScratch<E>& s) const {
+    int done = end;  // columns from here on are in the outputs
+    for (int to = end, from; to > begin; to = from) {
+      from = std::max(begin, to - kStripKeys);
+      const Operand<E> keys = keys_from(m.tile.keys, from, dim_padded_);
+      gemm<false>(static_cast<int>(m.rows), to - from, dim_padded_,
+                  s.queries + m.row0 * dim_padded_, dim_padded_, keys.data, keys.ld, s.scores,
+                  kStripKeys);
+      const bool full = to - from == kStripKeys && m.all_lo <= from && to <= m.all_hi;
+      for (int64_t r = 0; r < m.rows; ++r) {
+        const int row = static_cast<int>(m.row0 + r);
+        const int lo = std::max(m.lo[r] - from, 0), hi = std::min(m.hi[r], to) - from;
+        float* products = s.scores + r * kStripKeys;
+        E* probs = s.probs + r * kProbStride<E> + from;
+        if constexpr (scores.kMapped) scores.set_row(bias(m, r, from, s));
+        s.ahead.step();
+        if (full ? soften_row<true>(s.states, row, scores, products, probs, lo, hi, to - from)
+                 : soften_row<false>(s.states, row, scores, products, probs, lo, hi, to - from))
+          continue;
+        add_values(m, to, done, s);
+        done = to;
+        if constexpr (scores.kMapped) scores.map(products, lo, hi);
+        softmax_row(s.states, row, dim_padded_, products, probs, lo, hi, 0, to - from, map_.factor,
+                    row_max(products, lo, hi) * map_.factor);
+      }
     }
-    for (int64_t r = 0; r < rows; ++r)
-      softmax_row<kExpDegree>(s.states, static_cast<int>(row0 + r), dim_padded_,
-                              s.scores + r * kScoreStride<E>, s.probs + r * kProbStride, lo[r],
-                              hi[r], begin, end, map_.factor, tile_max[r]);
+    add_values(m, begin, done, s);
+  }
 
-    if (tile.finite) {
-      const Operand<E> values = values_from(tile.values, begin);
-      gemm<true>(static_cast<int>(rows), dim_padded_, end - begin, s.probs + begin, kProbStride,
-                 values.data, values.ld, s.states.out + row0 * dim_padded_, dim_padded_);
+  // The probabilities of the columns [begin, end) times their values.
+  void add_values(const Meeting& m, int begin, int end, AttnScratch<E>& s) const {
+    if (begin >= end) return;
+    float* out = s.states.out + m.row0 * dim_padded_;
+    if (m.tile.finite) {
+      const Operand<E> values = values_from(m.tile.values, begin);
+      gemm<true>(static_cast<int>(m.rows), dim_padded_, end - begin, s.probs + begin,
+                 kProbStride<E>, values.data, values.ld, out, dim_padded_);
       return;
     }
     // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
-    for (int64_t r = 0; r < rows; ++r) {
-      float* out = s.states.out + (row0 + r) * dim_padded_;
-      const float* table = bias_of(t.position + (row0 + r) / t.heads, (row0 + r) % t.heads).table;
-      for (int key = lo[r]; key < hi[r]; ++key) {
+    for (int64_t r = 0; r < m.rows; ++r, out += dim_padded_) {
+      const float* table = bias(m, r, 0, s).table;
+      for (int key = std::max(m.lo[r], begin); key < std::min(m.hi[r], end); ++key) {
         if (table != nullptr && table[key] == minus_infinity()) continue;
-        const float p = to_float(s.probs[r * kProbStride + key]);
-        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(tile.values, key, d);
+        const float p = to_float(s.probs[r * kProbStride<E> + key]);
+        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(m.tile.values, key, d);
       }
     }
   }
@@ -315,15 +368,15 @@ class LambdaAttnForward {
                        s.biases + h * kBiasStride<E>);
   }
 
-  // Of the query at position i, which stands so many `queries_before` the block's last.
-  RowBias bias(const AttnTask& t, KeyFrame frame, int64_t i, int64_t h, int64_t tile_first,
-               int64_t queries_before, const AttnScratch<E>& s) const {
-    const bool far = frame == KeyFrame::kMaxDistance;
-    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : i - tile_first),
-                    far ? 0.0f : 1.0f};
-    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[t.head_q + h];
+  // Of row r, from a column of the tile on.
+  RowBias bias(const Meeting& m, int64_t r, int column, const AttnScratch<E>& s) const {
+    const bool far = m.frame == KeyFrame::kMaxDistance;
+    const int64_t i = m.query(r), h = m.head(r);
+    const int64_t distance = far ? p_.max_distance : i - m.tile_first - column;
+    RowBias bias = {0.0f, static_cast<float>(distance), far ? 0.0f : 1.0f};
+    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[m.t.head_q + h];
     if (p_.score.distance_bias != nullptr)
-      bias.table = s.biases + h * kBiasStride<E> + queries_before;
+      bias.table = s.biases + h * kBiasStride<E> + m.queries.hi - 1 - i + column;
     return bias;
   }
 
@@ -349,5 +402,4 @@ class LambdaAttnForward {
   ScoreMap map_;
   int dim_;
   int dim_padded_;
-  int64_t block_rows_;  // a block computes the columns of all its rows: few rows for a small window
 };

@@ -25,15 +25,11 @@ class LambdaDecodeStep {
   LambdaDecodeStep(const LambdaDecodeParams& params, const Rotary& rotary)
       : p_(params),
         rotary_(rotary),
+        map_(params.score),
         dim_(static_cast<int>(params.head_dim)),
         dim_padded_((dim_ + kLanes - 1) / kLanes * kLanes),
         group_(static_cast<int>(params.heads_q / params.heads_kv)) {
     ring_reads_ = Ring::reads(dim_);
-    map_.scale = p_.score.scale;
-    map_.softcap = p_.score.softcap;
-    map_.general = p_.score.alibi_slopes != nullptr || p_.score.distance_bias != nullptr ||
-                   map_.softcap > 0.0f || map_.scale < 0.0f;
-    map_.factor = map_.general ? 1.0f : map_.scale * kLog2e;
   }
 
   void run(const Threads& threads) const {
@@ -310,7 +306,7 @@ class LambdaDecodeStep {
           bias(head + g, frame, position - first, end, s.biases + g * Product::kBlock);
       if (added.table != nullptr) hides |= row_hides(added.table, k.n);
       const float largest = scores_max(map_, added, scores, 0, k.n);
-      softmax_row<5>(rows, g, dim_padded_, scores, scores, 0, k.n, 0, end, map_.factor, largest);
+      softmax_row(rows, g, dim_padded_, scores, scores, 0, k.n, 0, end, map_.factor, largest);
     }
     if (!hides) return product.add_values(s.scores, group_, dim_padded_, v, rows.out);
     // An infinite or NaN value must not reach a head that does not see its key, not even times 0.

@@ -17,12 +17,26 @@ struct RowStates {
   float* out;  // [rows][Dp], not yet normalised
 };
 
+// What stands beside the product in a score.
+enum class Added { kNothing, kSlope, kTable };  // kTable: a slope, too, if there is one
+
 // What turns a product <q, k> into a score in units of log2.
 struct ScoreMap {
-  float factor;  // scale * log2(e), where that is all there is
-  bool general;  // else: scale, ALiBi, biases by distance, softcap, one after the other
   float scale;
   float softcap;
+  Added added;
+  bool general;  // scale, ALiBi, biases by distance, softcap, one after the other; else the factor
+  float factor;  // scale * log2(e), or 1 for mapped scores
+
+  explicit ScoreMap(const ScoreParams& score)
+      : scale(score.scale),
+        softcap(score.softcap),
+        added(score.distance_bias != nullptr  ? Added::kTable
+              : score.alibi_slopes != nullptr ? Added::kSlope
+                                              : Added::kNothing),
+        // A negative scale turns maxima into minima, so it is applied before they are taken.
+        general(added != Added::kNothing || softcap > 0.0f || scale < 0.0f),
+        factor(general ? 1.0f : scale * kLog2e) {}
 };
 
 // What is added to one row of a tile. ALiBi: -slope * distance, which is exact until the product is
@@ -47,6 +61,15 @@ inline void biases_by_column(const ScoreParams& score, int64_t head, int64_t dis
   std::fill(out + behind, out + n, 0.0f);
 }
 
+// 2^x as exactly as probabilities of P are worth.
+template <typename P>
+inline Vec vexp2_for(Vec x) {
+#if LMINF_BF16
+  if constexpr (std::is_same_v<P, bf16>) return vexp2_rough(x);
+#endif
+  return vexp2(x);
+}
+
 // tanh as exactly as products of E are worth.
 template <typename E>
 inline Vec vtanh_for(Vec x) {
@@ -56,25 +79,69 @@ inline Vec vtanh_for(Vec x) {
   return vtanh(x);
 }
 
-// Columns [lo, hi) of a row of products of E become scores in units of log2; returns the largest.
-template <bool kSoftcap, bool kTable, typename E>
-inline float map_scores(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
+// The scores of a row of products, in units of log2: the products times a factor.
+struct ScaledScores {
+  static constexpr bool kMapped = false;
+  Vec factor;
+  explicit ScaledScores(const ScoreMap& map) : factor(vset(map.factor)) {}
+  Vec minus(Vec max, const float* row, int c) const { return vfms(vload(row + c), factor, max); }
+};
+
+// The same where a factor is not all there is. Column c of a row is that of its bias.
+template <bool kSoftcap, Added kAdded, typename E>
+struct MappedScores {
+  static constexpr bool kMapped = true;
   // Without a softcap log2(e) is part of the factors, with one it comes last.
-  const float unit = kSoftcap ? 1.0f / map.softcap : kLog2e;
-  const Vec scale = vset(map.scale * unit), slope = vset(-bias.slope * unit);
-  const Vec distance = vset(bias.distance), step = vset(-bias.step);
-  const Vec cap = vset(map.softcap * kLog2e), none = vset(minus_infinity());
-  Vec largest = none;
-  for (int c = lo / kLanes * kLanes; c < hi; c += kLanes) {
-    const Vec column = vadd(viota(), vset(static_cast<float>(c)));
-    Vec s = vfma(vload(row + c), scale, vmul(slope, vfma(step, column, distance)));
-    if (kTable) s = vfma(vload(bias.table + c), vset(unit), s);
-    if (kSoftcap) s = vmul(cap, vtanh_for<E>(s));
-    if (kTable) s = vhide(s, vload(bias.table + c));
-    vstore(row + c, s);
-    largest = vmax(c < lo || c + kLanes > hi ? vkeep(s, lo - c, hi - c, none) : s, largest);
+  float unit;
+  Vec scale, cap, slope, distance, step;
+  const float* table;
+
+  explicit MappedScores(const ScoreMap& map)
+      : unit(kSoftcap ? 1.0f / map.softcap : kLog2e),
+        scale(vset(map.scale * unit)),
+        cap(vset(map.softcap * kLog2e)) {}
+
+  void set_row(const RowBias& bias) {
+    if constexpr (kAdded == Added::kNothing) return;
+    slope = vset(-bias.slope * unit), distance = vset(bias.distance), step = vset(-bias.step);
+    table = bias.table;
   }
-  return vreduce_max(largest);
+
+  Vec operator()(const float* row, int c) const {
+    Vec s = vmul(vload(row + c), scale);
+    if constexpr (kAdded != Added::kNothing) {
+      const Vec column = vadd(viota(), vset(static_cast<float>(c)));
+      s = vfma(vload(row + c), scale, vmul(slope, vfma(step, column, distance)));
+    }
+    if constexpr (kAdded == Added::kTable) s = vfma(vload(table + c), vset(unit), s);
+    if constexpr (kSoftcap) s = vmul(cap, vtanh_for<E>(s));
+    if constexpr (kAdded == Added::kTable) s = vhide(s, vload(table + c));
+    return s;
+  }
+  Vec minus(Vec max, const float* row, int c) const { return vsub((*this)(row, c), max); }
+
+  // Columns [lo, hi) in place.
+  void map(float* row, int lo, int hi) const {
+    for (int c = lo / kLanes * kLanes; c < hi; c += kLanes) vstore(row + c, (*this)(row, c));
+  }
+};
+
+// Calls f with what makes scores of products of E.
+template <typename E, typename F>
+inline void with_scores(const ScoreMap& map, const F& f) {
+  const auto mapped = [&](auto softcap) {
+    constexpr bool kSoftcap = decltype(softcap)::value;
+    switch (map.added) {
+      case Added::kNothing:
+        return f(MappedScores<kSoftcap, Added::kNothing, E>(map));
+      case Added::kSlope:
+        return f(MappedScores<kSoftcap, Added::kSlope, E>(map));
+      case Added::kTable:
+        return f(MappedScores<kSoftcap, Added::kTable, E>(map));
+    }
+  };
+  if (!map.general) return f(ScaledScores(map));
+  map.softcap > 0.0f ? mapped(std::true_type{}) : mapped(std::false_type{});
 }
 
 inline float row_max(const float* row, int lo, int hi) {
@@ -89,20 +156,16 @@ inline float row_max(const float* row, int lo, int hi) {
 
 // The largest score of columns [lo, hi) in units of log2, mapped in place where a factor is not all
 // there is.
-template <typename E = float>
 inline float scores_max(const ScoreMap& map, const RowBias& bias, float* row, int lo, int hi) {
-  if (!map.general) return row_max(row, lo, hi) * map.factor;
-  if (bias.table != nullptr) {
-    return map.softcap > 0.0f ? map_scores<true, true, E>(map, bias, row, lo, hi)
-                              : map_scores<false, true, E>(map, bias, row, lo, hi);
-  }
-  return map.softcap > 0.0f ? map_scores<true, false, E>(map, bias, row, lo, hi)
-                            : map_scores<false, false, E>(map, bias, row, lo, hi);
+  with_scores<float>(map, [&](auto scores) {
+    if constexpr (scores.kMapped) scores.set_row(bias), scores.map(row, lo, hi);
+  });
+  return row_max(row, lo, hi) * map.factor;
 }
 
 // probs[c] = 2^(row[c] * factor - max) on [lo, hi), 0 on the rest of [begin, end); returns the sum
 // by lane.
-template <int kDegree, typename P>
+template <typename P>
 inline Vec row_exp(const float* row, P* probs, int lo, int hi, int begin, int end, float factor,
                    float max) {
   const Vec zero = vset(0.0f), f = vset(factor), m = vset(max);
@@ -110,17 +173,17 @@ inline Vec row_exp(const float* row, P* probs, int lo, int hi, int begin, int en
   int c = begin;
   for (; c + kLanes <= lo; c += kLanes) vstore(probs + c, zero);
   if (c < lo) {
-    const Vec p = vkeep(vexp2<kDegree>(vfms(vload(row + c), f, m)), lo - c, hi - c, zero);
+    const Vec p = vkeep(vexp2_for<P>(vfms(vload(row + c), f, m)), lo - c, hi - c, zero);
     vstore(probs + c, p);
     sum = vadd(sum, p), c += kLanes;
   }
   for (; c + kLanes <= hi; c += kLanes) {
-    const Vec p = vexp2<kDegree>(vfms(vload(row + c), f, m));
+    const Vec p = vexp2_for<P>(vfms(vload(row + c), f, m));
     vstore(probs + c, p);
     sum = vadd(sum, p);
   }
   if (c < hi) {
-    const Vec p = vkeep(vexp2<kDegree>(vfms(vload(row + c), f, m)), 0, hi - c, zero);
+    const Vec p = vkeep(vexp2_for<P>(vfms(vload(row + c), f, m)), 0, hi - c, zero);
     vstore(probs + c, p);
     sum = vadd(sum, p), c += kLanes;
   }
@@ -135,7 +198,7 @@ inline void scale_row(float* row, int n, float factor) {
 
 // One row's step: moves the reference if it must, rescales what stands, and writes the
 // probabilities. Columns [lo, hi) are visible, [begin, end) is what the product with V will read.
-template <int kDegree, typename P>
+template <typename P>
 inline void softmax_row(const RowStates& states, int row, int dim_padded, float* scores, P* probs,
                         int lo, int hi, int begin, int end, float factor, float tile_max) {
   if (lo >= hi) {
@@ -158,6 +221,44 @@ inline void softmax_row(const RowStates& states, int row, int dim_padded, float*
     scale_row(scores + begin, end - begin, factor);
     factor = 1.0f;
   }
-  const Vec added = row_exp<kDegree>(scores, probs, lo, hi, begin, end, factor, max);
+  const Vec added = row_exp(scores, probs, lo, hi, begin, end, factor, max);
   vstore(sum, vadd(vload(sum), added));
+}
+
+// One row's step over a strip without a look at its maximum first: writes the probabilities of the
+// columns [lo, hi) of n, and 0 for the others. Returns false, with nothing done but that, where the
+// reference has to move first, or rounding asks for more care: then softmax_row is to do it.
+template <bool kAllVisible, typename Scores, typename P>
+inline bool soften_row(const RowStates& states, int row, const Scores& scores,
+                       const float* products, P* probs, int lo, int hi, int n) {
+  if (!kAllVisible && (lo >= hi || lo >= n || hi <= 0)) {
+    for (int c = 0; c < n; c += kLanes) vstore(probs + c, vset(0.0f));
+    return true;
+  }
+  const float max = states.max[row];
+  if (!(std::abs(max) <= kFusedMax)) return false;
+  const Vec m = vset(max);
+  Vec added = vset(0.0f);
+  if (kAllVisible) {
+    LMINF_UNROLL
+    for (int c = 0; c < kStripKeys; c += 2 * kLanes) {
+      const Vec a = vexp2_for<P>(scores.minus(m, products, c));
+      const Vec b = vexp2_for<P>(scores.minus(m, products, c + kLanes));
+      vstore2(probs + c, a, b);
+      added = vadd(added, vadd(a, b));
+    }
+  } else {
+    const Vec none = vset(minus_infinity());
+    for (int c = 0; c < n; c += kLanes) {
+      const Vec p = vexp2_for<P>(vkeep(scores.minus(m, products, c), lo - c, hi - c, none));
+      vstore(probs + c, p);
+      added = vadd(added, p);
+    }
+  }
+  // A sum above this holds a probability above 2^kMaxLag.
+  constexpr float kLargestSum = (1 << static_cast<int>(kMaxLag)) * (kStripKeys / kLanes);
+  if (vany_above(added, kLargestSum)) return false;
+  float* sum = states.sum + row * kLanes;
+  vstore(sum, vadd(vload(sum), added));
+  return true;
 }

@@ -10,22 +10,24 @@ constexpr bool kOnMatrixTiles = LMINF_AMX && std::is_same_v<E, bf16>;
 template <typename E>
 constexpr int kTileKeys = kOnMatrixTiles<E> ? 256 : 128;
 
-// Rows of a block of scores: a multiple of what the micro-kernels take at once (gemm.h), few enough
-// for queries, scores and outputs to stay near the first cache level, and half of them for small
-// windows, since a block computes the columns of all its rows.
+// Rows of a block: a multiple of what the micro-kernels take at once (gemm.h), few enough for
+// queries, probabilities and outputs to stay near the first cache level.
 template <typename E>
 constexpr int kBlockRows = kOnMatrixTiles<E> ? 32 : 48;
-constexpr int64_t kSmallWindow = 512;
 
 // Columns are skipped in steps of this: a multiple of the lanes, of what one step of a bf16 product
 // takes, and of the two keys of a pair.
 template <typename E>
 constexpr int kColGrain = std::is_same_v<E, float> ? kLanes : 32;
 
-// Floats from one row of scores to the next: a power of two would put the rows of a block into a
-// few sets of the cache.
+// Keys whose scores stand in memory at one time: a multiple of kColGrain, so few that scores are
+// read back from the first cache level, so many that a row's part of a strip is worth its overhead.
+constexpr int kStripKeys = 64;
+
+// Probabilities from one row to the next: a power of two would put the rows of a block into a few
+// sets of the cache.
 template <typename E>
-constexpr int kScoreStride = kTileKeys<E> + 16;
+constexpr int kProbStride = kTileKeys<E> + 64 / static_cast<int>(sizeof(E));
 
 // What a thread keeps of packed tiles, and of queries with their outputs; with the rest of its
 // scratch it stays under 4 MB.

@@ -11,6 +11,7 @@ namespace lminf::cpu::LMINF_ISA {
 #include "angles.h"
 #include "pack.h"
 #include "softmax.h"
+#include "read_ahead.h"
 #include "lambda_attn.h"
 #include "decode_dot.h"
 #if LMINF_BF16

@@ -84,8 +84,12 @@ inline Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a 
 inline Vec vfms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }  // a * b - c
 inline Vec vsub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 inline float vreduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
 inline float vreduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
+inline bool vany_above(Vec v, float bound) {
+  return _mm512_cmp_ps_mask(v, vset(bound), _CMP_GT_OQ) != 0;
+}
 inline Vec vround(Vec v) {
   return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -128,6 +132,11 @@ inline __m256i to_bf16_bits(Vec v) {
 inline void vstore(bf16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(v));
 }
+#if LMINF_BF16
+inline void vstore2(bf16* p, Vec a, Vec b) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+#endif
 
 #elif LMINF_LANES == 8
 
@@ -142,6 +151,7 @@ inline Vec vdiv(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec vfms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline float vreduce_add(Vec v) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -151,6 +161,9 @@ inline float vreduce_max(Vec v) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline bool vany_above(Vec v, float bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, vset(bound), _CMP_GT_OQ)) != 0;
 }
 inline Vec vround(Vec v) {
   return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -215,8 +228,10 @@ inline Vec vdiv(Vec a, Vec b) { return a / b; }
 inline Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec vfms(Vec a, Vec b, Vec c) { return a * b - c; }
 inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 inline float vreduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float vreduce_max(Vec v) { return std::max(std::max(v[0], v[2]), std::max(v[1], v[3])); }
+inline bool vany_above(Vec v, float bound) { return vreduce_max(v) > bound; }
 // |v| < 2^22, as exp2 guarantees: adding and taking away 1.5 * 2^23 rounds to an integer.
 inline Vec vround(Vec v) {
   const Vec magic = vset(12582912.0f);
@@ -252,6 +267,11 @@ inline void vstore(f16* p, Vec v) {
 }
 
 #endif
+
+inline void vstore2(float* p, Vec a, Vec b) {
+  vstore(p, a);
+  vstore(p + kLanes, b);
+}
 
 // For as long as it lives, this thread takes subnormal numbers for 0: results that a later, larger
 // score has scaled down to nothing would otherwise slow every operation on them down.
@@ -314,18 +334,17 @@ inline Vec vreduce_add_each(const Vec* v) {
 }
 #endif
 
-// 2^f - 1 for f in [-0.5, 0.5]. Largest relative error of 2^f by degree: 4: 3e-6, 5: 1e-7, 6: 2e-9.
+// 2^f - 1 for f in [-0.5, 0.5]. Largest relative error of 2^f by degree: 5: 1e-7, 6: 2e-9.
 template <int kDegree>
 inline Vec vexp2m1_poly(Vec f) {
   // Weighted least squares on Chebyshev nodes for the relative error of 2^f, with 2^0 = 1 exactly.
-  constexpr float c[3][6] = {
-      {6.931241931e-01f, 2.402409865e-01f, 5.590642663e-02f, 9.582851702e-03f, 0, 0},
+  constexpr float c[2][6] = {
       {6.931469776e-01f, 2.402224208e-01f, 5.550733749e-02f, 9.671512768e-03f, 1.326472542e-03f, 0},
       {6.931472029e-01f, 2.402264791e-01f, 5.550332470e-02f, 9.618437363e-03f, 1.339887466e-03f,
        1.535336117e-04f}};
-  Vec p = vset(c[kDegree - 4][kDegree - 1]);
+  Vec p = vset(c[kDegree - 5][kDegree - 1]);
   LMINF_UNROLL
-  for (int k = kDegree - 2; k >= 0; --k) p = vfma(p, f, vset(c[kDegree - 4][k]));
+  for (int k = kDegree - 2; k >= 0; --k) p = vfma(p, f, vset(c[kDegree - 5][k]));
   return vmul(p, f);
 }
 
@@ -345,30 +364,35 @@ inline Vec vexp2_poly(Vec f) {
 #endif
 
 // 2^x. Results below the smallest normal number are 0, since subnormal factors would slow every
-// product down; NaN stays NaN. Above the range, 128 <= x, only the 16-lane form is right; callers
-// keep below.
-template <int kDegree>
+// product down; NaN stays NaN. Above the range, 128 <= x, infinity or a number above 2^100.
 inline Vec vexp2(Vec x) {
 #if LMINF_LANES == 16
   // x - floor(x), and scalef takes the floor of its exponent: no rounding is spelt out.
   const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, vset(-126.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, vexp2_poly<kDegree>(f), x);
+  return _mm512_maskz_scalef_ps(normal, vexp2_poly<5>(f), x);
 #else
-  // The second operand of vmax wins on NaN.
-  const Vec clamped = vmax(vset(-127.0f), x);
+  const Vec clamped = vmin(vset(126.0f), vmax(vset(-127.0f), x));  // the second operand wins on NaN
   const Vec n = vround(clamped);
-  const Vec power = vscale2(vadd(vexp2m1_poly<kDegree>(vsub(clamped, n)), vset(1.0f)), n);
+  const Vec power = vscale2(vadd(vexp2m1_poly<5>(vsub(clamped, n)), vset(1.0f)), n);
   return vzero_below(x, -126.0f, power);
 #endif
 }
+
+#if LMINF_BF16
+// 2^x within 3e-6, a hundredth of what rounding to bf16 costs. Subnormal results are up to the mode
+// the thread is in (FlushSubnormals).
+inline Vec vexp2_rough(Vec x) {
+  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(vexp2_poly<4>(f), x);
+}
+#endif
 
 // tanh(x) = t / (t + 2), t = e^(2x) - 1, to a few units in the last place also near 0.
 inline Vec vtanh(Vec x) {
   const Vec bound = vset(60.0f);  // of the exponent in base 2; tanh has long been 1
   Vec y = vmul(vset(2.0f * kLog2e), x);
-  y = vmax(vsub(vset(0.0f), bound), y);
-  y = vsub(vset(0.0f), vmax(vsub(vset(0.0f), bound), vsub(vset(0.0f), y)));
+  y = vmin(bound, vmax(vset(-60.0f), y));
   const Vec n = vround(y);
   const Vec power = vscale2(vset(1.0f), n);
   const Vec t = vfma(power, vexp2m1_poly<6>(vsub(y, n)), vsub(power, vset(1.0f)));
@@ -380,7 +404,7 @@ inline Vec vtanh(Vec x) {
 // x^2 (weighted least squares for the relative error on [0, 5]) and an approximate reciprocal.
 inline Vec vtanh_rough(Vec x) {
   const Vec bound = vset(5.0f), one = vset(1.0f);
-  x = _mm512_min_ps(bound, _mm512_max_ps(vset(-5.0f), x));  // the second operand wins on NaN
+  x = vmin(bound, vmax(vset(-5.0f), x));  // the second operand wins on NaN
   const Vec z = vmul(x, x);
   const Vec p = vfma(vfma(vset(6.779e-4f), z, vset(1.027358e-1f)), z, one);
   const Vec q = vfma(vfma(vset(1.290384e-2f), z, vset(4.3584784e-1f)), z, one);
