@@ -90,3 +90,42 @@ inline void store_row(const float* src, int dim, T* dst, float factor = 1.0f) {
   for (; d + kLanes <= dim; d += kLanes) vstore(dst + d, vmul(vload(src + d), vset(factor)));
   for (; d < dim; ++d) from_float(src[d] * factor, dst[d]);
 }
+
+// cos and sin of some angles, one of each pair.
+struct Angles {
+  const float* cos;
+  const float* sin;
+};
+
+// A row of `dim` values rotated by the angles a, or by a + b, as values of E; zeros up to `padded`.
+// `cos`, `sin` and `row` are room for the tables and the padded row.
+template <typename T, typename E>
+inline void rotate_into(const Rotary& rotary, Angles a, const Angles* b, const T* x, int dim,
+                        int padded, float* cos, float* sin, float* row, E* out) {
+  const int pairs = rotary.pairs;
+  if (rotary.interleaved || pairs % kLanes != 0 || dim % kLanes != 0) {
+    if (b != nullptr) {
+      compose_tables(pairs, a.cos, a.sin, b->cos, b->sin, cos, sin);
+      a = {cos, sin};
+    }
+    load_row(x, dim, row, padded);
+    rotate_row(rotary, a.cos, a.sin, row);
+    store_row(row, padded, out);
+    return;
+  }
+  // The same without a stop in memory.
+  for (int t = 0; t < pairs; t += kLanes) {
+    Vec c = vload(a.cos + t), s = vload(a.sin + t);
+    if (b != nullptr) {
+      const Vec cb = vload(b->cos + t), sb = vload(b->sin + t);
+      const Vec composed = vfms(c, cb, vmul(s, sb));
+      s = vfma(s, cb, vmul(c, sb));
+      c = composed;
+    }
+    const Vec first = vload(x + t), second = vload(x + pairs + t);
+    vstore(out + t, vfms(first, c, vmul(second, s)));
+    vstore(out + pairs + t, vfma(second, c, vmul(first, s)));
+  }
+  for (int d = 2 * pairs; d < dim; d += kLanes) vstore(out + d, vload(x + d));
+  for (int d = dim; d < padded; d += kLanes) vstore(out + d, vset(0.0f));
+}

@@ -212,20 +212,24 @@ class LambdaAttnForward {
   };
 
   void load_queries(const AttnTask& t, RowBlock b, bool rotate, AttnScratch<E>& s) const {
-    float* cos = s.rotation.cos;
-    float* sin = s.rotation.sin;
-    int64_t n = b.row / t.heads, h = b.row % t.heads;
+    const TileRotation& r = s.rotation;
+    const int64_t first = b.row / t.heads;
+    if (rotate && rotary_.pairs > 0)
+      rotation_table(t.position + first, rotary_, rotary_.scaling, r.base_cos, r.base_sin);
+    int64_t n = first, h = b.row % t.heads;
     for (int64_t row = b.row; row < b.row + b.rows; ++row) {
       const T* q =
           head<T>(p_.q, p_.q_stride, t.batch, t.head_q + h) + (t.query + n) * p_.q_stride.seq;
-      if (rotate && rotary_.pairs > 0 && (h == 0 || row == b.row))
-        rotation_table(t.position + n, rotary_, rotary_.scaling, cos, sin);
       E* out = s.queries + row * dim_padded_;
       if (std::is_same_v<T, E> && rotary_.pairs == 0 && dim_ == dim_padded_) {
         std::memcpy(out, q, dim_ * sizeof(E));
+      } else if (rotate && rotary_.pairs > 0) {
+        const Angles offset = r.offset(rotary_, n - first);
+        rotate_into(rotary_, {r.base_cos, r.base_sin}, &offset, q, dim_, dim_padded_, r.cos, r.sin,
+                    s.row, out);
       } else {
         load_row(q, dim_, s.row, dim_padded_);
-        rotate ? rotate_row(rotary_, cos, sin, s.row) : scale_rotary_dims(rotary_, s.row);
+        scale_rotary_dims(rotary_, s.row);
         store_row(s.row, dim_padded_, out);
       }
       if (++h == t.heads) h = 0, ++n;
@@ -319,12 +323,14 @@ class LambdaAttnForward {
                   s.queries + m.row0 * dim_padded_, dim_padded_, keys.data, keys.ld, s.scores,
                   kStripKeys);
       const bool full = to - from == kStripKeys && m.all_lo <= from && to <= m.all_hi;
+      int64_t i = m.queries.lo, h = m.head(0);
       for (int64_t r = 0; r < m.rows; ++r) {
         const int row = static_cast<int>(m.row0 + r);
         const int lo = std::max(m.lo[r] - from, 0), hi = std::min(m.hi[r], to) - from;
         float* products = s.scores + r * kStripKeys;
         E* probs = s.probs + r * kProbStride<E> + from;
-        if constexpr (scores.kMapped) scores.set_row(bias(m, r, from, s));
+        if constexpr (scores.kMapped) scores.set_row(bias(m, i, h, from, s));
+        if (++h == m.t.heads) h = 0, ++i;
         s.ahead.step();
         if (full ? soften_row<true>(s.states, row, scores, products, probs, lo, hi, to - from)
                  : soften_row<false>(s.states, row, scores, products, probs, lo, hi, to - from))
@@ -351,7 +357,7 @@ class LambdaAttnForward {
     }
     // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
     for (int64_t r = 0; r < m.rows; ++r, out += dim_padded_) {
-      const float* table = bias(m, r, 0, s).table;
+      const float* table = bias(m, m.query(r), m.head(r), 0, s).table;
       for (int key = std::max(m.lo[r], begin); key < std::min(m.hi[r], end); ++key) {
         if (table != nullptr && table[key] == minus_infinity()) continue;
         const float p = to_float(s.probs[r * kProbStride<E> + key]);
@@ -368,10 +374,9 @@ class LambdaAttnForward {
                        s.biases + h * kBiasStride<E>);
   }
 
-  // Of row r, from a column of the tile on.
-  RowBias bias(const Meeting& m, int64_t r, int column, const AttnScratch<E>& s) const {
+  // Of head h of the query at position i, from a column of the tile on.
+  RowBias bias(const Meeting& m, int64_t i, int64_t h, int column, const AttnScratch<E>& s) const {
     const bool far = m.frame == KeyFrame::kMaxDistance;
-    const int64_t i = m.query(r), h = m.head(r);
     const int64_t distance = far ? p_.max_distance : i - m.tile_first - column;
     RowBias bias = {0.0f, static_cast<float>(distance), far ? 0.0f : 1.0f};
     if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[m.t.head_q + h];

@@ -181,6 +181,10 @@ struct TileRotation {
       rotation_table(o, rotary, 1.0f, offset_cos + o * n, offset_sin + o * n);
   }
 
+  Angles offset(const Rotary& rotary, int64_t rows) const {
+    return {offset_cos + rows * rotary.pairs, offset_sin + rows * rotary.pairs};
+  }
+
   static size_t bytes(const Rotary& rotary, int keys) {
     return 4 * Scratch::bytes<float>(rotary.pairs) + 2 * Scratch::bytes<float>(rotary.pairs * keys);
   }
@@ -211,15 +215,14 @@ inline void prepare_key(const T* k, int key, bool rotate, KeyFrame frame, int di
     std::memcpy(out, k, dim * sizeof(E));
     return;
   }
-  load_row(k, dim, row, dim_padded);
-  if (rotate && frame == KeyFrame::kMaxDistance) {
-    rotate_row(rotary, r.base_cos, r.base_sin, row);
-  } else if (rotate) {
-    compose_tables(rotary.pairs, r.base_cos, r.base_sin, r.offset_cos + key * rotary.pairs,
-                   r.offset_sin + key * rotary.pairs, r.cos, r.sin);
-    rotate_row(rotary, r.cos, r.sin, row);
+  if (!rotate) {
+    load_row(k, dim, row, dim_padded);
+    store_row(row, dim_padded, out);
+    return;
   }
-  store_row(row, dim_padded, out);
+  const Angles base = {r.base_cos, r.base_sin}, offset = r.offset(rotary, key);
+  rotate_into(rotary, base, frame == KeyFrame::kMaxDistance ? nullptr : &offset, k, dim, dim_padded,
+              r.cos, r.sin, row, out);
 }
 
 // Packs the keys at positions [tile_first, tile_first + kTileKeys<E>) of which only `wanted` are

@@ -103,22 +103,34 @@ struct MappedScores {
 
   void set_row(const RowBias& bias) {
     if constexpr (kAdded == Added::kNothing) return;
-    slope = vset(-bias.slope * unit), distance = vset(bias.distance), step = vset(-bias.step);
+    slope = vset(-bias.slope * unit), step = vset(-bias.step);
+    distance = vfma(step, viota(), vset(bias.distance));
     table = bias.table;
   }
 
-  Vec operator()(const float* row, int c) const {
-    Vec s = vmul(vload(row + c), scale);
-    if constexpr (kAdded != Added::kNothing) {
-      const Vec column = vadd(viota(), vset(static_cast<float>(c)));
-      s = vfma(vload(row + c), scale, vmul(slope, vfma(step, column, distance)));
+  Vec operator()(const float* row, int c) const { return minus(vset(0.0f), row, c); }
+
+  Vec minus(Vec max, const float* row, int c) const {
+    const Vec product = vload(row + c);
+    Vec s;
+    if constexpr (kAdded == Added::kNothing) {
+      s = kSoftcap ? vmul(product, scale) : vfms(product, scale, max);
+    } else {
+      // Exact up to here; without a softcap or a bias the maximum goes first: s is near it.
+      const Vec apart = vfma(step, vset(static_cast<float>(c)), distance);
+      const bool last = !kSoftcap && kAdded == Added::kSlope;
+      s = vfma(product, scale, last ? vfms(slope, apart, max) : vmul(slope, apart));
+      if (last) return s;
     }
     if constexpr (kAdded == Added::kTable) s = vfma(vload(table + c), vset(unit), s);
-    if constexpr (kSoftcap) s = vmul(cap, vtanh_for<E>(s));
+    if constexpr (kSoftcap) {
+      s = vfms(cap, vtanh_for<E>(s), max);
+    } else if constexpr (kAdded == Added::kTable) {
+      s = vsub(s, max);
+    }
     if constexpr (kAdded == Added::kTable) s = vhide(s, vload(table + c));
     return s;
   }
-  Vec minus(Vec max, const float* row, int c) const { return vsub((*this)(row, c), max); }
 
   // Columns [lo, hi) in place.
   void map(float* row, int lo, int hi) const {
