@@ -24,7 +24,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 TORCH_ABI = "0x020b000000000000"  # 2.11, the oldest torch that the build runs on
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall"]
+# -fno-wrapv: Python is built with -fwrapv, which costs the CPU kernels a tenth of their speed.
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-wrapv", "-fvisibility=hidden", "-Wall"]
 # GCC's own AVX-512 header draws these two falsely.
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
