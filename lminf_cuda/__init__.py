@@ -11,8 +11,8 @@ from lminf_cuda.functional import lambda_attention
 
 if TYPE_CHECKING:
     from lminf_cuda import reference
-    from lminf_cuda.cache import LambdaCache
-    from lminf_cuda.patches import patch_model, unpatch_model
+    from lminf_cuda.models.cache import LambdaCache
+    from lminf_cuda.models.patch import patch_model, unpatch_model
     from lminf_cuda.plan import KernelPlan, decode_plan, kernel_plan
 
 __version__ = "0.1.0"
@@ -31,11 +31,11 @@ __all__ = [
 # Public name -> module that holds it; a module stands for itself.
 _LAZY = {
     "KernelPlan": "lminf_cuda.plan",
-    "LambdaCache": "lminf_cuda.cache",
+    "LambdaCache": "lminf_cuda.models.cache",
     "decode_plan": "lminf_cuda.plan",
     "kernel_plan": "lminf_cuda.plan",
-    "patch_model": "lminf_cuda.patches",
-    "unpatch_model": "lminf_cuda.patches",
+    "patch_model": "lminf_cuda.models.patch",
+    "unpatch_model": "lminf_cuda.models.patch",
     "reference": "lminf_cuda.reference",
 }
 

@@ -20,7 +20,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lminf_cuda.bench import cpu_flags
-from lminf_cuda.patches import patch_model, unpatch_model
+from lminf_cuda.models.patch import patch_model, unpatch_model
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 

@@ -13,8 +13,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from lminf_cuda.cache import LambdaCache
 from lminf_cuda.generate import TextStream, check_counts, check_sampling
+from lminf_cuda.models.cache import LambdaCache
 
 _ANSWER = "lminf answer"  # stands for an answer where only what follows it is wanted
 

@@ -48,8 +48,8 @@ from lminf_cuda.arguments import (
 from lminf_cuda.chat import Chat
 from lminf_cuda.generate import check_sampling
 from lminf_cuda.generate import generate as generate_text
-from lminf_cuda.patches import patch_model, unpatch_model
-from lminf_cuda.rope import training_length
+from lminf_cuda.models.patch import patch_model, unpatch_model
+from lminf_cuda.models.rope import training_length
 from lminf_cuda.tables import PlanShape, console, passkey_table, print_bench, print_plans, report
 
 HELD_OUT = DEMO_MODEL / "held_out.txt"

@@ -30,8 +30,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from lminf_cuda.cache import LambdaCache
-from lminf_cuda.patches import patch_model, unpatch_model
+from lminf_cuda.models.cache import LambdaCache
+from lminf_cuda.models.patch import patch_model, unpatch_model
 
 VANILLA, LM_INFINITE, CUT = "vanilla", "LM-Infinite", "cut"
 BASELINE_BATCH_TOKENS = 4096  # tokens of the cut baseline's windows in one forward

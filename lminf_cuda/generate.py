@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from lminf_cuda.cache import LambdaCache
+from lminf_cuda.models.cache import LambdaCache
 
 UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
 LONGEST_CHARACTER = 4  # bytes of the longest UTF-8 character

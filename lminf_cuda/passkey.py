@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lminf_cuda.cache import LambdaCache
 from lminf_cuda.generate import prefill
-from lminf_cuda.patches import patch_model, unpatch_model
-from lminf_cuda.settings import SETTINGS_ATTRIBUTE
+from lminf_cuda.models.cache import LambdaCache
+from lminf_cuda.models.patch import patch_model, unpatch_model
+from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "

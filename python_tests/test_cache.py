@@ -13,8 +13,9 @@ from tiny_models import MODELS, one_thread, tiny_model, tokens
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lminf_cuda import LambdaCache, forward_state, patch_model, unpatch_model
-from lminf_cuda.cache_layer import LambdaCacheLayer
+from lminf_cuda import LambdaCache, patch_model, unpatch_model
+from lminf_cuda.models import positions
+from lminf_cuda.models.cache.layers import LambdaCacheLayer
 
 N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5  # float32, logits of order 1; the sums run in another order
@@ -120,7 +121,7 @@ def test_left_padded_rows_equal_single_rows(
     chunks: list[int], may_read_values: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also as on a GPU, where a decode step does not look at the mask's values on the host."""
-    monkeypatch.setattr(forward_state, "_may_read_values", lambda inputs: may_read_values)
+    monkeypatch.setattr(positions, "_may_read_values", lambda inputs: may_read_values)
     model = patched()
     ids, mask = left_padded(LENGTHS, 40)
     more = tokens(len(LENGTHS), 20, seed=1)
@@ -299,7 +300,7 @@ def test_mask_must_agree_with_the_cache() -> None:
 
 
 def test_masked_token_of_an_unchecked_step_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_state, "_may_read_values", lambda inputs: False)
+    monkeypatch.setattr(positions, "_may_read_values", lambda inputs: False)
     model = patched()
     ids = tokens(2, 30)
     cache = LambdaCache(model)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lminf_cuda import evaluate as ev
 from lminf_cuda.cli import DEMO_MODEL, HELD_OUT
-from lminf_cuda.rope import training_length
+from lminf_cuda.models.rope import training_length
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 MAX_BYTES = 12 * 2**20  # what the package may weigh with it

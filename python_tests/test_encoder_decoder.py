@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.families import ENCODER_DECODERS
+from lminf_cuda.models.families import ENCODER_DECODERS
 
 N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5  # float32 through two layers, logits of order 1

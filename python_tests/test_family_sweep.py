@@ -20,8 +20,9 @@ from family_sweep import (
 )
 from tiny_models import one_thread
 
-from lminf_cuda import families
-from lminf_cuda.families import FAMILIES, WRAPPERS, Family
+from lminf_cuda.models import families
+from lminf_cuda.models.families import FAMILIES, WRAPPERS
+from lminf_cuda.models.family import Family
 
 ROOT = Path(__file__).parents[1]
 

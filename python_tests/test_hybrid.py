@@ -13,8 +13,8 @@ from tiny_models import one_thread, tokens
 from torch import Tensor
 
 from lminf_cuda import LambdaCache, patch_model
-from lminf_cuda.cache_layer import LambdaCacheLayer, recurrent_layers_are_known
-from lminf_cuda.families import FAMILIES
+from lminf_cuda.models.cache.layers import LambdaCacheLayer, recurrent_layers_are_known
+from lminf_cuda.models.families import FAMILIES
 
 N_GLOBAL, WINDOW, NEW = 3, 12, 5
 # One with states of convolutions alone, one of each kind of recurrence, two with both in a layer,
@@ -182,7 +182,7 @@ def test_compiled_decode() -> None:
 
 
 def test_old_transformers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lminf_cuda.families.recurrent_layers_are_known", lambda: False)
+    monkeypatch.setattr("lminf_cuda.models.families.recurrent_layers_are_known", lambda: False)
     assert FAMILIES["lfm2"].is_recurrent
     with pytest.raises(ValueError, match=r"'lfm2' has recurrent layers.*newer transformers"):
         patched("lfm2")

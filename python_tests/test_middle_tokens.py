@@ -15,7 +15,7 @@ from tiny_models import definition, one_thread, tiny_model, tokens
 from torch import Tensor, nn
 
 from lminf_cuda import LambdaCache, middle, patch_model, reference
-from lminf_cuda.settings import LayerSettings
+from lminf_cuda.models.settings import LayerSettings
 
 N_GLOBAL, WINDOW, TOP_K, FROM_LAYER = 3, 12, 4, 1
 TOLERANCE = 1e-5  # float32, logits of order 1

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.rope import keeps_rotation, let_unrotated_pass
-from lminf_cuda.settings import LayerSettings
+from lminf_cuda.models.rope import keeps_rotation, let_unrotated_pass
+from lminf_cuda.models.settings import LayerSettings
 
 N_GLOBAL, WINDOW = 3, 12
 ALTERNATING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss")  # a layer slides over 8

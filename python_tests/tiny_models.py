@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from lminf_cuda import reference
-from lminf_cuda.families import find_decoder
-from lminf_cuda.rope import is_rotary
+from lminf_cuda.models.families import find_decoder
+from lminf_cuda.models.rope import is_rotary
 
 VOCAB = 61
 TRAINED = 64  # max_position_embeddings

@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from . import ops as _ops  # registers torch.ops.lminf  # noqa: F401
-from .middle import MiddleStore, add_middle_tokens
-from .settings import LambdaSettings, LayerSettings
+from ... import ops as _ops  # registers torch.ops.lminf  # noqa: F401
+from ..middle import MiddleStore, add_middle_tokens
+from ..settings import LambdaSettings, LayerSettings
 
 __all__ = [
     "LambdaCacheLayer",

@@ -1,7 +1,7 @@
 """The key-value cache of a patched model: the first tokens, the last tokens, and nothing else.
 
-What each layer keeps of them is in cache_layer.py; here are the rows and the columns, which are the
-same in all layers.
+What each layer keeps of them is in layers.py; here are the rows and the columns, which are the same
+in all layers.
 
 Rows of a batch may start at different columns (left padding). A position therefore counts a row's
 own tokens: each row's global tokens are its own first ones, and what stands left of them is never
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache_layer import LambdaCacheLayer, Progress, RecurrentLayer, new_layer
-from .settings import SETTINGS_ATTRIBUTE, LambdaSettings
+from ..settings import SETTINGS_ATTRIBUTE, LambdaSettings
+from .layers import LambdaCacheLayer, Progress, RecurrentLayer, new_layer
 
 __all__ = ["LambdaCache"]
 

@@ -11,7 +11,7 @@ the AttentionInterface (docs/design.md section 3):
   sends them to every layer as the keyword argument `lminf_forward`;
 - a hook after it tells the cache that the tokens are in.
 
-forward_state.py holds these checks; families.py says which models are served and where they differ.
+positions.py holds these checks; families.py says which models are served and where they differ.
 """
 
 from __future__ import annotations
@@ -23,174 +23,24 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import nn
 from transformers.generation import GenerationMixin
 
-from .decoding import OVERRIDES, lambda_cache, new_cache
-from .families import ENCODER_DECODERS, FAMILIES, WRAPPERS, Family, find_decoder, layer_type
-from .forward_state import (
-    ForwardState,
-    causal_padding_mask,
-    locate_tokens,
-    padding_mask,
-    refuse_inputs,
-)
-from .middle import add_middle_tokens
-from .rope import IdentityRotary, is_rotary, training_length
-from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, LayerSettings
+from .attention import ATTENTION_NAME, LAYER_ATTRIBUTE, STATE_ATTRIBUTE, attend_in_forward
+from .families import ENCODER_DECODERS, FAMILIES, WRAPPERS, find_decoder
+from .family import Family
+from .generation import OVERRIDES, lambda_cache, new_cache
+from .positions import ForwardState, locate_tokens, padding_mask, refuse_inputs
+from .resolve import add_middle, resolve_layers, resolve_lengths, resolve_middle
+from .rope import IdentityRotary, is_rotary
+from .settings import SETTINGS_ATTRIBUTE, LambdaSettings
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-ATTENTION_NAME = "lminf"
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
-_LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
-_STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
 _WRAPPED_FORWARD = "_old_forward"  # of a module with accelerate's hooks: the forward in them
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: ForwardState | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Λ attention of one layer over its new tokens and what the cache holds.
-
-    Args:
-        module: the attention module of a patched model.
-        query: [B, Hq, S, D], un-rotated.
-        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], un-rotated, the new tokens' only.
-        state: from the hook before the decoder's forward.
-        options: scale, softcap and sink_logits of the op.
-
-    Returns:
-        [B, S, Hq, Dv], contiguous.
-    """
-    layer: LayerSettings | None = getattr(module, _LAYER_ATTRIBUTE, None)
-    if layer is None or state is None:
-        raise RuntimeError(
-            f"attention implementation {ATTENTION_NAME!r} works in a patched model only; load the "
-            "model with another attn_implementation and call lminf_cuda.patch_model(model)"
-        )
-    if query.requires_grad:
-        raise RuntimeError(
-            "a patched model has no backward yet: run it under torch.no_grad() or "
-            "torch.inference_mode()"
-        )
-    first = state.first_on(query.device)
-    if layer.query_scale is not None:
-        positions = torch.arange(query.shape[2], device=query.device)[None]
-        if first is not None:
-            positions = (positions + first[:, None]).clamp(min=0)
-        query = (query * layer.query_scale(positions)[:, None, :, None]).to(query.dtype)
-    # Under autocast a rotary embedding makes float32 of queries and keys, but not of values.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    # The op takes one head dim, whose first dims rotate.
-    value_dim = value.shape[-1]
-    query, key = layer.arrange(query), layer.arrange(key)
-    if options["scale"] is None:
-        options["scale"] = query.shape[-1] ** -0.5
-    dim = max(value_dim, query.shape[-1])
-    query, key, value = (
-        x if x.shape[-1] == dim else nn.functional.pad(x, (0, dim - x.shape[-1]))
-        for x in (query, key, value)
-    )
-    options |= layer.options(query.device)
-    if state.cache is None:
-        out, lse = torch.ops.lminf.lambda_attn.default(
-            query, key, value, layer.n_global, layer.window, k_start=first, **options
-        )
-        if layer.middle_top_k:
-            last = query.shape[2] - 1
-            positions = query.new_full((query.shape[0],), last, dtype=torch.int64)
-            out[:, :, -1:] = add_middle_tokens(
-                layer,
-                query[:, :, -1:],
-                key,
-                value,
-                out[:, :, -1:],
-                lse[:, :, -1:],
-                positions if first is None else positions + first,
-                options,
-                k_start=first,
-            )
-    else:
-        index = state.cache.updated_layer if layer.keys_of is None else layer.keys_of
-        cache_layer = state.cache.layers[index]
-        attend = cache_layer.decode if state.is_decode else cache_layer.extend
-        out = attend(query, key, value, first, options)  # type: ignore[arg-type]
-    return out[..., :value_dim].transpose(1, 2).contiguous()
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    lminf_forward: ForwardState | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The AttentionInterface function `lminf`.
-
-    Args:
-        module: the attention module of a patched model.
-        query: [B, Hq, S, D], un-rotated.
-        key, value: [B, Hkv, S, D], un-rotated, the new tokens' only.
-        attention_mask: not used: `lminf_forward` knows the padding.
-        scaling: of <q, k>; 1/sqrt(D) by default.
-        dropout: must be 0.
-        softcap: of the scores.
-        s_aux: a learned logit of each head that joins the softmax's denominator, [Hq].
-        lminf_forward: from the hook before the decoder's forward.
-
-    Returns:
-        [B, S, Hq, D], and None for the attention weights.
-    """
-    if dropout:
-        raise ValueError(
-            f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
-        )
-    if lminf_forward is None:
-        lminf_forward = getattr(module, _STATE_ATTRIBUTE, None)
-    options = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
-    return _attend(module, query, key, value, lminf_forward, options), None
-
-
-def _attend_in_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Any,
-    scale: float,
-    distance_bias: Tensor | None = None,
-) -> Tensor:
-    """What the forwards in families.py call: [B, S, Hq * D] of queries and keys as in `_attend`."""
-    if module.training:
-        raise ValueError(
-            f"this {type(module).__name__} is in training mode, whose dropout Λ attention does not "
-            "have; call model.eval()"
-        )
-    if cache is not None:
-        key, value = cache.update(key, value, module.layer_idx)
-    state: ForwardState | None = getattr(module, _STATE_ATTRIBUTE, None)
-    options = {"scale": scale, "distance_bias": distance_bias}
-    return _attend(module, query, key, value, state, options).flatten(2)
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention)
-AttentionMaskInterface.register(ATTENTION_NAME, causal_padding_mask)
 
 
 class _Patch:
@@ -229,11 +79,11 @@ class _Patch:
         for module, layer_settings in zip(modules, settings.layers, strict=True):
             if module is None:
                 continue
-            setattr(module, _LAYER_ATTRIBUTE, layer_settings)
+            setattr(module, LAYER_ATTRIBUTE, layer_settings)
             for name in family.switched_off:
                 self.override(module, name, False)
             if family.forward is not None:
-                forward = functools.partial(family.forward, _attend_in_forward, module)
+                forward = functools.partial(family.forward, attend_in_forward, module)
                 self.override(module, "forward", forward)
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
@@ -285,7 +135,7 @@ class _Patch:
                 delattr(module, name)
             else:
                 setattr(module, name, before)
-        names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, _LAYER_ATTRIBUTE, _STATE_ATTRIBUTE)
+        names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, LAYER_ATTRIBUTE, STATE_ATTRIBUTE)
         for module in self.model.modules():
             for name in names:
                 if name in module.__dict__:
@@ -355,7 +205,7 @@ class _Patch:
             kwargs["lminf_forward"] = state
         else:
             for module in self.attention:
-                setattr(module, _STATE_ATTRIBUTE, state)
+                setattr(module, STATE_ATTRIBUTE, state)
         if self.family.cross_attends:
             # A finished mask is passed on as it is, and nobody reads it: none of n x n is built.
             kwargs["attention_mask"] = inputs.new_ones((1, 1, 1, 1), dtype=torch.bool)
@@ -373,9 +223,9 @@ class _Patch:
         if self.family.passes_kwargs:
             state: ForwardState = kwargs["lminf_forward"]
         else:
-            state = getattr(self.attention[0], _STATE_ATTRIBUTE)
+            state = getattr(self.attention[0], STATE_ATTRIBUTE)
             for module in self.attention:
-                setattr(module, _STATE_ATTRIBUTE, None)
+                setattr(module, STATE_ATTRIBUTE, None)
         if state.cache is None or state.first is None:
             return
         if state.is_right_padded:
@@ -385,133 +235,6 @@ class _Patch:
             )
         else:
             state.cache.commit(state.first, state.n_tokens, state.is_decode)
-
-
-_SLIDING = (None, "sliding_attention", "hybrid_sliding")
-
-
-def _sliding_window(config: Any, layer_idx: int) -> int | None:
-    """The window of a layer that slides in the unpatched model, or None."""
-    sliding: int | None = getattr(config, "sliding_window", None)
-    if sliding is None or layer_type(config, layer_idx) not in _SLIDING:
-        return None
-    return sliding
-
-
-def _chunk(config: Any) -> int | None:
-    """The size of the chunks within which some layers of the unpatched model attend, or None."""
-    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
-        return None
-    chunk: int | None = config.attention_chunk_size
-    return chunk
-
-
-def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; it must be an int")
-    if value < minimum:
-        raise ValueError(f"{name} is {value}; it must be at least {minimum}{why}")
-
-
-def _own_windows(decoder: Any, family: Family) -> list[int | None]:
-    """For each attention layer the window over which it slides in the unpatched model, or None."""
-    return [
-        _sliding_window(decoder.config, index)
-        for index, module in enumerate(family.attention_modules(decoder))
-        if module is not None
-    ]
-
-
-def _resolve_lengths(
-    decoder: Any, family: Family, n_global: Any, window: Any, max_distance: Any
-) -> tuple[int, int, int]:
-    """Checks patch_model's arguments and fills in what is None: n_global, window, max_distance."""
-    if window is None:
-        window = training_length(decoder.config)
-        own = _own_windows(decoder, family)
-        if all(length is not None for length in own):
-            window = min([window, *filter(None, own)])
-        window = min(window, _chunk(decoder.config) or window)
-    _check_setting("n_global", n_global, 0, "")
-    _check_setting("window", window, 1, " (the query's own key)")
-    if window > (_chunk(decoder.config) or window):
-        raise ValueError(
-            f"window is {window}, but layers of this {type(decoder).__name__} attend within chunks "
-            f"of {_chunk(decoder.config)} tokens, and beyond its first chunk a longer window is "
-            f"not what they do; pass window={_chunk(decoder.config)} or less"
-        )
-    if max_distance is None:
-        max_distance = window
-    _check_setting("max_distance", max_distance, window, ", the window")
-    return n_global, window, max_distance
-
-
-def _resolve_middle(
-    max_distance: int, top_k: Any, from_layer: Any, distance: Any
-) -> tuple[int, int, int]:
-    """Checks patch_model's middle_* arguments and fills in what is None."""
-    _check_setting("middle_top_k", top_k, 0, " (0: no middle tokens)")
-    _check_setting("middle_from_layer", from_layer, 0, "")
-    if distance is None:
-        distance = max_distance // 2
-    _check_setting("middle_distance", distance, 0, "")
-    if distance > max_distance:
-        raise ValueError(
-            f"middle_distance is {distance}; it must be at most max_distance, which is "
-            f"{max_distance}"
-        )
-    return (top_k, from_layer, distance) if top_k else (0, 0, 0)
-
-
-def _add_middle(settings: LambdaSettings) -> None:
-    """Tells the layers that have middle tokens."""
-    if settings.middle_top_k == 0:
-        return
-    # A layer that slides by itself sees no token from afar.
-    layers = [
-        layer
-        for layer in settings.layers[settings.middle_from_layer :]
-        if layer is not None
-        and (layer.n_global, layer.window) == (settings.n_global, settings.window)
-    ]
-    if any(layer is not None and layer.keys_of is not None for layer in settings.layers):
-        raise ValueError(
-            f"middle_top_k is {settings.middle_top_k}, but this model has layers that share their "
-            "keys, among which the middle is not searched; leave middle_top_k out"
-        )
-    if not layers:
-        raise ValueError(
-            f"middle_from_layer is {settings.middle_from_layer}, but this model has "
-            f"{len(settings.layers)} layers, and from there on none that does not slide by itself; "
-            "choose an earlier layer"
-        )
-    for layer in layers:
-        layer.middle_top_k = settings.middle_top_k
-        layer.middle_distance = settings.middle_distance
-
-
-def _resolve_layers(
-    decoder: Any, family: Family, n_global: int, window: int, max_distance: int
-) -> list[LayerSettings | None]:
-    """Every layer's share of the settings; None for a layer without attention."""
-    layers: list[LayerSettings | None] = []
-    sources = family.keys_of(decoder)
-    for index, module in enumerate(family.attention_modules(decoder)):
-        if module is None:
-            layers.append(None)
-            continue
-        # A layer that slides was trained to see no further, and never saw the first from afar.
-        lengths = (n_global, window, max_distance)
-        own = _sliding_window(decoder.config, index)
-        if own is not None and own < window:
-            lengths = (0, own, own)
-        rope, slopes = family.layer_rope(decoder, index), family.alibi_slopes(module)
-        layers.append(
-            LayerSettings(
-                *lengths, rope, slopes, sources[index], query_scale=family.query_scale(module)
-            )
-        )
-    return layers
 
 
 def patch_model(
@@ -554,11 +277,11 @@ def patch_model(
             patched with other settings.
     """
     decoder, family = find_decoder(model)
-    lengths = _resolve_lengths(decoder, family, n_global, window, max_distance)
-    middle = _resolve_middle(lengths[2], middle_top_k, middle_from_layer, middle_distance)
+    lengths = resolve_lengths(decoder, family, n_global, window, max_distance)
+    middle = resolve_middle(lengths[2], middle_top_k, middle_from_layer, middle_distance)
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
     if patch is None:
-        layers = _resolve_layers(decoder, family, *lengths)
+        layers = resolve_layers(decoder, family, *lengths)
         settings = LambdaSettings(
             *lengths,
             layers,
@@ -568,7 +291,7 @@ def patch_model(
             cross_layers=list(family.cross_attention_modules(decoder)),
             reads_once=family.reads_once,
         )
-        _add_middle(settings)
+        add_middle(settings)
         _Patch(model, decoder, family, settings)
         return model
     asked, is_now = LambdaSettings(*lengths, [], *middle), patch.settings

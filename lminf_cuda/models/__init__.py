@@ -1,0 +1,14 @@
+"""All that knows Hugging Face models.
+
+compat.py         every name of transformers that is not its documented interface
+patch.py          patch_model, unpatch_model, and the hooks that they put in and take out
+attention.py      the attention function that a patched model's layers call
+resolve.py        what patch_model's arguments come to, layer by layer (settings.py)
+family.py         where a model type may differ from Llama; families.py: where each of them does
+own_forwards.py   forwards for attention modules that do not ask transformers' interface
+rope.py           rotary embeddings: what is read off them, and what takes their place
+positions.py      what one forward is given: its checks, and where its tokens stand
+generation.py     what generate() asks of a patched model
+middle.py         middle tokens, and the memory that they need
+cache/            LambdaCache, and what each layer keeps
+"""

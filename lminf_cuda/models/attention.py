@@ -1,0 +1,165 @@
+"""The attention function of a patched model: transformers' AttentionInterface knows it as `lminf`.
+
+It is handed un-rotated queries and the new tokens' un-rotated keys and values, and calls the ops,
+with the cache's help where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .middle import add_middle_tokens
+from .positions import ForwardState, causal_padding_mask
+from .settings import LayerSettings
+
+__all__ = ["ATTENTION_NAME", "LAYER_ATTRIBUTE", "STATE_ATTRIBUTE", "attend_in_forward"]
+
+ATTENTION_NAME = "lminf"
+LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
+STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: ForwardState | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Λ attention of one layer over its new tokens and what the cache holds.
+
+    Args:
+        module: the attention module of a patched model.
+        query: [B, Hq, S, D], un-rotated.
+        key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], un-rotated, the new tokens' only.
+        state: from the hook before the decoder's forward.
+        options: scale, softcap and sink_logits of the op.
+
+    Returns:
+        [B, S, Hq, Dv], contiguous.
+    """
+    layer: LayerSettings | None = getattr(module, LAYER_ATTRIBUTE, None)
+    if layer is None or state is None:
+        raise RuntimeError(
+            f"attention implementation {ATTENTION_NAME!r} works in a patched model only; load the "
+            "model with another attn_implementation and call lminf_cuda.patch_model(model)"
+        )
+    if query.requires_grad:
+        raise RuntimeError(
+            "a patched model has no backward yet: run it under torch.no_grad() or "
+            "torch.inference_mode()"
+        )
+    first = state.first_on(query.device)
+    if layer.query_scale is not None:
+        positions = torch.arange(query.shape[2], device=query.device)[None]
+        if first is not None:
+            positions = (positions + first[:, None]).clamp(min=0)
+        query = (query * layer.query_scale(positions)[:, None, :, None]).to(query.dtype)
+    # Under autocast a rotary embedding makes float32 of queries and keys, but not of values.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    # The op takes one head dim, whose first dims rotate.
+    value_dim = value.shape[-1]
+    query, key = layer.arrange(query), layer.arrange(key)
+    if options["scale"] is None:
+        options["scale"] = query.shape[-1] ** -0.5
+    dim = max(value_dim, query.shape[-1])
+    query, key, value = (
+        x if x.shape[-1] == dim else nn.functional.pad(x, (0, dim - x.shape[-1]))
+        for x in (query, key, value)
+    )
+    options |= layer.options(query.device)
+    if state.cache is None:
+        out, lse = torch.ops.lminf.lambda_attn.default(
+            query, key, value, layer.n_global, layer.window, k_start=first, **options
+        )
+        if layer.middle_top_k:
+            last = query.shape[2] - 1
+            positions = query.new_full((query.shape[0],), last, dtype=torch.int64)
+            out[:, :, -1:] = add_middle_tokens(
+                layer,
+                query[:, :, -1:],
+                key,
+                value,
+                out[:, :, -1:],
+                lse[:, :, -1:],
+                positions if first is None else positions + first,
+                options,
+                k_start=first,
+            )
+    else:
+        index = state.cache.updated_layer if layer.keys_of is None else layer.keys_of
+        cache_layer = state.cache.layers[index]
+        attend = cache_layer.decode if state.is_decode else cache_layer.extend
+        out = attend(query, key, value, first, options)  # type: ignore[arg-type]
+    return out[..., :value_dim].transpose(1, 2).contiguous()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    lminf_forward: ForwardState | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The AttentionInterface function `lminf`.
+
+    Args:
+        module: the attention module of a patched model.
+        query: [B, Hq, S, D], un-rotated.
+        key, value: [B, Hkv, S, D], un-rotated, the new tokens' only.
+        attention_mask: not used: `lminf_forward` knows the padding.
+        scaling: of <q, k>; 1/sqrt(D) by default.
+        dropout: must be 0.
+        softcap: of the scores.
+        s_aux: a learned logit of each head that joins the softmax's denominator, [Hq].
+        lminf_forward: from the hook before the decoder's forward.
+
+    Returns:
+        [B, S, Hq, D], and None for the attention weights.
+    """
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
+        )
+    if lminf_forward is None:
+        lminf_forward = getattr(module, STATE_ATTRIBUTE, None)
+    options = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
+    return _attend(module, query, key, value, lminf_forward, options), None
+
+
+def attend_in_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Any,
+    scale: float,
+    distance_bias: Tensor | None = None,
+) -> Tensor:
+    """What the forwards in own_forwards.py call: [B, S, Hq * Dv] of tensors as in `_attend`."""
+    if module.training:
+        raise ValueError(
+            f"this {type(module).__name__} is in training mode, whose dropout Λ attention does not "
+            "have; call model.eval()"
+        )
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    state: ForwardState | None = getattr(module, STATE_ATTRIBUTE, None)
+    options = {"scale": scale, "distance_bias": distance_bias}
+    return _attend(module, query, key, value, state, options).flatten(2)
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, causal_padding_mask)

@@ -1,0 +1,137 @@
+"""What patch_model's arguments come to for a given model, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .family import Family, layer_type
+from .rope import training_length
+from .settings import LambdaSettings, LayerSettings
+
+__all__ = ["add_middle", "resolve_layers", "resolve_lengths", "resolve_middle"]
+
+_SLIDING = (None, "sliding_attention", "hybrid_sliding")
+
+
+def _sliding_window(config: Any, layer_idx: int) -> int | None:
+    """The window of a layer that slides in the unpatched model, or None."""
+    sliding: int | None = getattr(config, "sliding_window", None)
+    if sliding is None or layer_type(config, layer_idx) not in _SLIDING:
+        return None
+    return sliding
+
+
+def _chunk(config: Any) -> int | None:
+    """The size of the chunks within which some layers of the unpatched model attend, or None."""
+    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
+        return None
+    chunk: int | None = config.attention_chunk_size
+    return chunk
+
+
+def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}; it must be at least {minimum}{why}")
+
+
+def _own_windows(decoder: Any, family: Family) -> list[int | None]:
+    """For each attention layer the window over which it slides in the unpatched model, or None."""
+    return [
+        _sliding_window(decoder.config, index)
+        for index, module in enumerate(family.attention_modules(decoder))
+        if module is not None
+    ]
+
+
+def resolve_lengths(
+    decoder: Any, family: Family, n_global: Any, window: Any, max_distance: Any
+) -> tuple[int, int, int]:
+    """Checks patch_model's arguments and fills in what is None: n_global, window, max_distance."""
+    if window is None:
+        window = training_length(decoder.config)
+        own = _own_windows(decoder, family)
+        if all(length is not None for length in own):
+            window = min([window, *filter(None, own)])
+        window = min(window, _chunk(decoder.config) or window)
+    _check_setting("n_global", n_global, 0, "")
+    _check_setting("window", window, 1, " (the query's own key)")
+    if window > (_chunk(decoder.config) or window):
+        raise ValueError(
+            f"window is {window}, but layers of this {type(decoder).__name__} attend within chunks "
+            f"of {_chunk(decoder.config)} tokens, and beyond its first chunk a longer window is "
+            f"not what they do; pass window={_chunk(decoder.config)} or less"
+        )
+    if max_distance is None:
+        max_distance = window
+    _check_setting("max_distance", max_distance, window, ", the window")
+    return n_global, window, max_distance
+
+
+def resolve_middle(
+    max_distance: int, top_k: Any, from_layer: Any, distance: Any
+) -> tuple[int, int, int]:
+    """Checks patch_model's middle_* arguments and fills in what is None."""
+    _check_setting("middle_top_k", top_k, 0, " (0: no middle tokens)")
+    _check_setting("middle_from_layer", from_layer, 0, "")
+    if distance is None:
+        distance = max_distance // 2
+    _check_setting("middle_distance", distance, 0, "")
+    if distance > max_distance:
+        raise ValueError(
+            f"middle_distance is {distance}; it must be at most max_distance, which is "
+            f"{max_distance}"
+        )
+    return (top_k, from_layer, distance) if top_k else (0, 0, 0)
+
+
+def add_middle(settings: LambdaSettings) -> None:
+    """Tells the layers that have middle tokens."""
+    if settings.middle_top_k == 0:
+        return
+    # A layer that slides by itself sees no token from afar.
+    layers = [
+        layer
+        for layer in settings.layers[settings.middle_from_layer :]
+        if layer is not None
+        and (layer.n_global, layer.window) == (settings.n_global, settings.window)
+    ]
+    if any(layer is not None and layer.keys_of is not None for layer in settings.layers):
+        raise ValueError(
+            f"middle_top_k is {settings.middle_top_k}, but this model has layers that share their "
+            "keys, among which the middle is not searched; leave middle_top_k out"
+        )
+    if not layers:
+        raise ValueError(
+            f"middle_from_layer is {settings.middle_from_layer}, but this model has "
+            f"{len(settings.layers)} layers, and from there on none that does not slide by itself; "
+            "choose an earlier layer"
+        )
+    for layer in layers:
+        layer.middle_top_k = settings.middle_top_k
+        layer.middle_distance = settings.middle_distance
+
+
+def resolve_layers(
+    decoder: Any, family: Family, n_global: int, window: int, max_distance: int
+) -> list[LayerSettings | None]:
+    """Every layer's share of the settings; None for a layer without attention."""
+    layers: list[LayerSettings | None] = []
+    sources = family.keys_of(decoder)
+    for index, module in enumerate(family.attention_modules(decoder)):
+        if module is None:
+            layers.append(None)
+            continue
+        # A layer that slides was trained to see no further, and never saw the first from afar.
+        lengths = (n_global, window, max_distance)
+        own = _sliding_window(decoder.config, index)
+        if own is not None and own < window:
+            lengths = (0, own, own)
+        rope, slopes = family.layer_rope(decoder, index), family.alibi_slopes(module)
+        layers.append(
+            LayerSettings(
+                *lengths, rope, slopes, sources[index], query_scale=family.query_scale(module)
+            )
+        )
+    return layers
