@@ -1,0 +1,174 @@
+"""What this project uses of transformers beyond its documented interface, and the versions tried.
+
+transformers renames such things several times a year. So every one of them is spelled here and
+nowhere else (the attributes of single attention modules stand with their families, in
+own_forwards.py), what can be found without its name is found without it, and
+python_tests/test_compat.py compares the list with the installed version.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import transformers
+from transformers import cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.generation import GenerationMixin
+
+__all__ = [
+    "GENERATION_CACHE",
+    "TESTED",
+    "CacheLayerMixin",
+    "DummyLayer",
+    "DynamicLayer",
+    "LinearAttentionLayer",
+    "asks_interface",
+    "attention_name",
+    "cache_argument",
+    "cache_keyword",
+    "has_keywords",
+    "move_cache",
+    "parameter_names",
+    "recurrent_layers_are_known",
+    "set_attention_name",
+    "version_note",
+    "versions",
+    "wrapped_forward",
+]
+
+# The oldest and the newest release with which all tests of the models passed.
+TESTED = ("5.4.0", "5.24.0")
+
+# What callers may name a cache, with any version: 5.24 renamed the second into the first.
+_CACHE_SPELLINGS = ("cache", "past_key_values")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(5, 24, 0) of "5.24.0" and of "5.24.0.dev0"."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdecimal():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def versions() -> str:
+    """The installed and the tested versions, for errors that an untested version may explain."""
+    return f"transformers is {transformers.__version__}, tested are {TESTED[0]} to {TESTED[1]}"
+
+
+def version_note() -> str | None:
+    """A sentence for users of a version of transformers outside of the tested range, else None."""
+    oldest, newest = map(_release, TESTED)
+    if oldest <= _release(transformers.__version__) <= newest:
+        return None
+    return (
+        f"{versions()}: a patched model checks what it relies on and raises where it does not "
+        f"hold; pip install 'transformers=={TESTED[1]}' is known to work"
+    )
+
+
+def parameter_names(forward: Callable[..., Any]) -> list[str]:
+    """The names of a forward's parameters, those of decorators' wrappers not among them."""
+    return list(inspect.signature(forward).parameters)
+
+
+def has_keywords(forward: Callable[..., Any]) -> bool:
+    """Whether a forward takes keywords that it does not name."""
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a forward calls the cache: the parameter whose annotation mentions Cache.
+
+    Where several do, or none is annotated so, it is the one with a known name; None if there is
+    none.
+    """
+    parameters = inspect.signature(forward).parameters
+    annotated = [name for name, p in parameters.items() if "Cache" in str(p.annotation)]
+    if len(annotated) == 1:
+        return annotated[0]
+    known = [name for name in _CACHE_SPELLINGS if name in (annotated or parameters)]
+    return known[0] if known else None
+
+
+def cache_keyword(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` as a keyword of a model's forward, patched or not."""
+    name = cache_argument(model.forward)
+    if name is None:
+        raise TypeError(
+            f"the forward of {type(model).__name__} takes no cache that could be recognised "
+            f"({versions()})"
+        )
+    return {name: cache}
+
+
+def move_cache(arguments: dict[str, Any], name: str) -> Any:
+    """Brings the cache that a caller passed, under whatever name, to the name `name`.
+
+    Args:
+        arguments: keyword arguments, changed in place: of all spellings `name` alone remains, where
+            one of them was there.
+        name: as the forward calls it.
+
+    Returns:
+        The cache, or None.
+
+    Raises:
+        ValueError: two caches are given.
+    """
+    spellings = [spelling for spelling in (name, *_CACHE_SPELLINGS) if spelling in arguments]
+    cache = None
+    for spelling in spellings:
+        value = arguments.pop(spelling)
+        if value is not None and cache is not None and value is not cache:
+            raise ValueError(
+                f"two caches are given, under the names {' and '.join(dict.fromkeys(spellings))}; "
+                "pass one"
+            )
+        cache = cache if value is None else value
+    if spellings:
+        arguments[name] = cache
+    return cache
+
+
+# What generate() calls the cache among a model's arguments.
+GENERATION_CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation) or "cache"
+
+
+def asks_interface(module: Any) -> bool:
+    """Whether an attention module's forward looks its attention function up in transformers'
+    AttentionInterface; not all do in old versions."""
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
+
+
+def attention_name(config: Any) -> str | None:
+    """The attention function that a config names."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def set_attention_name(config: Any, name: str | None) -> None:
+    """Lets a config name an attention function, without a check of what the model supports."""
+    config._attn_implementation = name
+
+
+def wrapped_forward(module: Any) -> str:
+    """The attribute that holds a module's forward: another one where accelerate's hooks are
+    around it."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+# What a model with other layers than attention keeps of them. Old versions have no such classes.
+LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+
+
+def recurrent_layers_are_known() -> bool:
+    """Whether the installed transformers has cache layers for what is not attention."""
+    return LinearAttentionLayer is not object and DummyLayer is not object
