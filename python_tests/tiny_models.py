@@ -318,7 +318,7 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
         index = torch.arange(n_tokens)
         return torch.stack([index, 0 * index, 0 * index + limit])
 
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, cache: None, scale: float) -> Tensor:
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rope = family.layer_rope(decoder, module.layer_idx)
         if rope is not None:
             q, k = (

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .forward_state import ForwardState, running
 from .middle import add_middle_tokens
-from .positions import ForwardState, causal_padding_mask
+from .positions import causal_padding_mask
 from .settings import LayerSettings
 
-__all__ = ["ATTENTION_NAME", "LAYER_ATTRIBUTE", "STATE_ATTRIBUTE", "attend_in_forward"]
+__all__ = ["ATTENTION_NAME", "LAYER_ATTRIBUTE", "attend_in_forward"]
 
 ATTENTION_NAME = "lminf"
 LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
-STATE_ATTRIBUTE = "_lminf_state"  # of one that gets no keywords: the ForwardState
 
 
 def _attend(
@@ -30,6 +30,7 @@ def _attend(
     value: Tensor,
     state: ForwardState | None,
     options: dict[str, Any],
+    index: int | None = None,
 ) -> Tensor:
     """Λ attention of one layer over its new tokens and what the cache holds.
 
@@ -37,8 +38,10 @@ def _attend(
         module: the attention module of a patched model.
         query: [B, Hq, S, D], un-rotated.
         key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], un-rotated, the new tokens' only.
-        state: from the hook before the decoder's forward.
+        state: of the decoder's forward.
         options: scale, softcap and sink_logits of the op.
+        index: of the cache layer that the module attends to; None for the one that the module has
+            just handed its keys to by itself.
 
     Returns:
         [B, S, Hq, Dv], contiguous.
@@ -73,6 +76,7 @@ def _attend(
         for x in (query, key, value)
     )
     options |= layer.options(query.device)
+    state.n_attended += 1
     if state.cache is None:
         out, lse = torch.ops.lminf.lambda_attn.default(
             query, key, value, layer.n_global, layer.window, k_start=first, **options
@@ -92,8 +96,7 @@ def _attend(
                 k_start=first,
             )
     else:
-        index = state.cache.updated_layer if layer.keys_of is None else layer.keys_of
-        cache_layer = state.cache.layers[index]
+        cache_layer = state.meet(module, layer, index)
         attend = cache_layer.decode if state.is_decode else cache_layer.extend
         out = attend(query, key, value, first, options)  # type: ignore[arg-type]
     return out[..., :value_dim].transpose(1, 2).contiguous()
@@ -124,7 +127,7 @@ def _attention(
         dropout: must be 0.
         softcap: of the scores.
         s_aux: a learned logit of each head that joins the softmax's denominator, [Hq].
-        lminf_forward: from the hook before the decoder's forward.
+        lminf_forward: the state of the decoder's forward, where that hands keywords on.
 
     Returns:
         [B, S, Hq, D], and None for the attention weights.
@@ -134,7 +137,7 @@ def _attention(
             f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
         )
     if lminf_forward is None:
-        lminf_forward = getattr(module, STATE_ATTRIBUTE, None)
+        lminf_forward = running()
     options = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
     return _attend(module, query, key, value, lminf_forward, options), None
 
@@ -144,7 +147,6 @@ def attend_in_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cache: Any,
     scale: float,
     distance_bias: Tensor | None = None,
 ) -> Tensor:
@@ -154,11 +156,9 @@ def attend_in_forward(
             f"this {type(module).__name__} is in training mode, whose dropout Λ attention does not "
             "have; call model.eval()"
         )
-    if cache is not None:
-        key, value = cache.update(key, value, module.layer_idx)
-    state: ForwardState | None = getattr(module, STATE_ATTRIBUTE, None)
     options = {"scale": scale, "distance_bias": distance_bias}
-    return _attend(module, query, key, value, state, options).flatten(2)
+    index: int = module.layer_idx  # type: ignore[assignment]
+    return _attend(module, query, key, value, running(), options, index).flatten(2)
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -9,7 +9,7 @@ python_tests/test_compat.py compares the list with the installed version.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -18,8 +18,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
 
 __all__ = [
+    "DRAFTS_BY",
     "GENERATION_CACHE",
+    "MAKES_CACHE",
+    "MAKES_MASK",
+    "PAGED",
     "TESTED",
+    "WRAPPED_FORWARD",
     "CacheLayerMixin",
     "DummyLayer",
     "DynamicLayer",
@@ -35,7 +40,6 @@ __all__ = [
     "set_attention_name",
     "version_note",
     "versions",
-    "wrapped_forward",
 ]
 
 # The oldest and the newest release with which all tests of the models passed.
@@ -121,23 +125,30 @@ def move_cache(arguments: dict[str, Any], name: str) -> Any:
     Raises:
         ValueError: two caches are given.
     """
-    spellings = [spelling for spelling in (name, *_CACHE_SPELLINGS) if spelling in arguments]
+    spellings = [key for key in dict.fromkeys((name, *_CACHE_SPELLINGS)) if key in arguments]
+    if spellings in ([], [name]):
+        return arguments.get(name)
     cache = None
-    for spelling in spellings:
-        value = arguments.pop(spelling)
+    for key in spellings:
+        value = arguments.pop(key)
         if value is not None and cache is not None and value is not cache:
             raise ValueError(
-                f"two caches are given, under the names {' and '.join(dict.fromkeys(spellings))}; "
-                "pass one"
+                f"two caches are given, under the names {' and '.join(spellings)}; pass one"
             )
         cache = cache if value is None else value
-    if spellings:
-        arguments[name] = cache
+    arguments[name] = cache
     return cache
 
 
 # What generate() calls the cache among a model's arguments.
 GENERATION_CACHE = cache_argument(GenerationMixin.prepare_inputs_for_generation) or "cache"
+
+# The methods of GenerationMixin by which generate() makes a cache and a padding mask, and drafts.
+MAKES_CACHE = "_prepare_cache_for_generation"
+MAKES_MASK = "_prepare_attention_mask_for_generation"
+DRAFTS_BY = "_get_candidate_generator"
+# Those that keep keys and values in pages; not all versions have all of them.
+PAGED = ("init_continuous_batching", "continuous_batching_context_manager", "generate_batch")
 
 
 def asks_interface(module: Any) -> bool:
@@ -158,11 +169,8 @@ def set_attention_name(config: Any, name: str | None) -> None:
     config._attn_implementation = name
 
 
-def wrapped_forward(module: Any) -> str:
-    """The attribute that holds a module's forward: another one where accelerate's hooks are
-    around it."""
-    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-
+# The attribute of a module with accelerate's hooks that holds the forward in them.
+WRAPPED_FORWARD = "_old_forward"
 
 # What a model with other layers than attention keeps of them. Old versions have no such classes.
 LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)

@@ -26,7 +26,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from .cache.layers import recurrent_layers_are_known
+from .compat import recurrent_layers_are_known
 from .family import RECURRENT, WITHOUT_ATTENTION, Family
 from .own_forwards import (
     bloom_forward,
@@ -99,9 +99,9 @@ _PLAIN = (
     *("gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
-    *("emu3_text_model", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe"),
+    *("emu3_text_model", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
     *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
-    *("solar_open", "starcoder2", "vaultgemma", "dots1"),
+    *("solar_open", "stablelm", "starcoder2", "vaultgemma", "dots1"),
 )
 # Language models in WRAPPERS that place images in three dims, and texts like any other.
 _MROPE = (
@@ -145,7 +145,6 @@ FAMILIES: dict[str, Family] = {
         uses_rope=lambda attention: False,
         alibi_slopes=bloom_slopes,
         forward=bloom_forward,
-        passes_kwargs=False,
     ),
     "cohere2": Family(interleaved=True, uses_rope=_slides),
     "cohere2_moe": Family(
@@ -158,29 +157,24 @@ FAMILIES: dict[str, Family] = {
         attention=("attn",),
         rope=gptj_rope,
         forward=codegen_forward,
-        passes_kwargs=False,
     ),
     "cohere_compass_text": Family(uses_rope=_type_has_rope),
     "dbrx": Family(layers="blocks", attention=("norm_attn_norm.attn",)),
-    "diffllama": Family(forward=diffllama_forward, passes_kwargs=False),
+    "diffllama": Family(forward=diffllama_forward),
     "falcon": Family(
         layers="h",
         attention=("self_attention",),
         uses_rope=lambda attention: not attention.config.alibi,
         alibi_slopes=falcon_slopes,
         forward=falcon_forward,
-        passes_kwargs=False,
     ),
     "gpt_neox": Family(attention=("attention",)),
-    "gpt_neox_japanese": Family(
-        attention=("attention",), forward=gpt_neox_japanese_forward, passes_kwargs=False
-    ),
+    "gpt_neox_japanese": Family(attention=("attention",), forward=gpt_neox_japanese_forward),
     "gptj": Family(
         layers="h",
         attention=("attn",),
         rope=gptj_rope,
         forward=gptj_forward,
-        passes_kwargs=False,
     ),
     "hrm_text": Family(layers="L_module.layers", modules=_hrm_modules),
     "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True, reads_once=True),
@@ -202,7 +196,6 @@ FAMILIES: dict[str, Family] = {
         uses_rope=lambda attention: False,
         alibi_slopes=mpt_slopes,
         forward=mpt_forward,
-        passes_kwargs=False,
         needs_mask=True,
     ),
     "lfm2_moe": Family(rotary=lambda decoder, index: decoder.pos_emb, is_recurrent=True),
@@ -230,7 +223,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "moshi": Family(rotary=lambda decoder, index: decoder.layers[index].self_attn.rotary_emb),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
-    **dict.fromkeys(("nemotron", "stablelm"), Family(passes_kwargs=False)),
     # A few attention modules, each of which serves several layers.
     "zamba": Family(
         attention=("shared_transf.self_attn",),
@@ -254,7 +246,6 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
         uses_rope=lambda attention: False,
         forward=t5_forward,
         cross_attends=True,
-        passes_kwargs=False,
     ),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from .own_forwards import asks_interface
+from .compat import asks_interface
 from .rope import Rope, is_rotary, snapshot_rope
 
 __all__ = ["RECURRENT", "WITHOUT_ATTENTION", "Family", "layer_type"]
@@ -40,7 +40,6 @@ class Family:
         cross_attends: an encoder-decoder, of which the decoder's self-attention alone is replaced.
         cross_attention: a layer's attribute that holds its attention to an image, in layers that
             have that instead of self-attention and stay as they are.
-        passes_kwargs: keywords given to the decoder reach the attention modules.
         reads_positions: position_ids are used for something besides rotation.
         needs_mask: the decoder's forward wants a padding mask that is a tensor.
         is_recurrent: has layers besides attention that keep a state over the tokens.
@@ -65,7 +64,6 @@ class Family:
     forward: Callable[..., Any] | None = None
     cross_attends: bool = False
     cross_attention: str | None = None
-    passes_kwargs: bool = True
     reads_positions: bool = False
     needs_mask: bool = False
     is_recurrent: bool = False

@@ -1,7 +1,7 @@
 """What `generate()` asks of a model, answered by a patched one.
 
-Each function here stands for the method of transformers' GenerationMixin of the same name while a
-model is patched: a cache of the right kind, room in it for the drafts of assisted decoding, and a
+Each function in OVERRIDES stands for a method of transformers' GenerationMixin while a model is
+patched: a cache of the right kind, room in it for the drafts of assisted decoding, and a
 refusal of what manages keys and values in pages of its own.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .cache import LambdaCache
+from .compat import DRAFTS_BY, GENERATION_CACHE, MAKES_CACHE, MAKES_MASK, PAGED, move_cache
 from .settings import SETTINGS_ATTRIBUTE
 
 __all__ = ["OVERRIDES", "lambda_cache", "new_cache"]
@@ -61,18 +62,53 @@ def lambda_cache(model: Any, cache: Any) -> LambdaCache:
     return own
 
 
-def _prepare_cache_for_generation(
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own generate(), for a cache of either name and in either state it can be in.
+
+    Raises:
+        ValueError: another cache implementation is asked for, or there is nothing left to read.
+    """
+    cache = move_cache(kwargs, GENERATION_CACHE)
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    own = model.generation_config
+    asked = kwargs.get("cache_implementation")
+    if asked is None and given is not None and not getattr(given, "is_assistant", False):
+        asked = given.cache_implementation
+        if own is not None and asked == own.cache_implementation:
+            asked = None  # the checkpoint's, which is not about this model as it is patched
+    if asked is not None:
+        raise ValueError(
+            f"cache_implementation is {asked!r}; a patched model has its own cache: leave the "
+            "argument out"
+        )
+    inputs = next(
+        (
+            value
+            for value in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+            if value is not None
+        ),
+        None,
+    )
+    if cache is not None and isinstance(inputs, Tensor) and inputs.ndim == 2:
+        settings = getattr(model, SETTINGS_ATTRIBUTE)
+        held = lambda_cache(model, cache).get_seq_length()
+        if not settings.cross_attends and 0 < inputs.shape[1] <= held:
+            raise ValueError(
+                f"input_ids has {inputs.shape[1]} tokens and the LambdaCache holds {held} already, "
+                "so that none is left to read; pass all tokens so far, at least one more than the "
+                "cache holds, or leave the cache out"
+            )
+    return type(model).generate(model, *args, **kwargs)
+
+
+def _make_cache(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
     """Gives `generate()` a LambdaCache; a drafting model's can take back all that it drafts."""
     drafts = getattr(generation_config, "is_assistant", False)
-    # Older transformers ask for a "dynamic_full" cache themselves where drafts are to be cropped.
-    if generation_config.cache_implementation is not None and not drafts:
-        raise ValueError(
-            f"cache_implementation is {generation_config.cache_implementation!r}; a patched model "
-            "has its own cache: leave the argument out"
-        )
-    cache = model_kwargs.get("past_key_values")
+    # generate() works on a copy of what the checkpoint says, and asks it further on.
+    generation_config.cache_implementation = None
+    cache = model_kwargs.get(GENERATION_CACHE)
     if cache is not None:
         held = lambda_cache(model, cache).get_seq_length()
         if held and getattr(model, SETTINGS_ATTRIBUTE).cross_attends:
@@ -82,20 +118,18 @@ def _prepare_cache_for_generation(
                 "past_key_values out, call the model's forward for each token, or pass an "
                 "assistant that is not patched"
             )
-        type(model)._prepare_cache_for_generation(
-            model, generation_config, model_kwargs, *args, **kwargs
-        )
+        getattr(type(model), MAKES_CACHE)(model, generation_config, model_kwargs, *args, **kwargs)
     elif generation_config.use_cache is not False:
-        cache = model_kwargs["past_key_values"] = new_cache(model)
+        cache = model_kwargs[GENERATION_CACHE] = new_cache(model)
     if cache is not None and drafts:
         lambda_cache(model, cache).activate_past_recording(
             1 + (generation_config.max_new_tokens or 0)
         )
 
 
-def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _draft(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The drafting half of assisted decoding: the cache gets room to take every draft back."""
-    cache = lambda_cache(model, kwargs["model_kwargs"]["past_key_values"])
+    cache = lambda_cache(model, kwargs["model_kwargs"][GENERATION_CACHE])
     if cache.get_seq_length() > 0:
         raise ValueError(
             f"past_key_values holds {cache.get_seq_length()} tokens already, and transformers' "
@@ -108,7 +142,7 @@ def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
             "query only, so drafts cannot be checked several at a time; generate without an "
             "assistant and without prompt_lookup_num_tokens, or patch without middle tokens"
         )
-    generator = type(model)._get_candidate_generator(model, *args, **kwargs)
+    generator = getattr(type(model), DRAFTS_BY)(model, *args, **kwargs)
     draft: Callable[..., Any] = generator.get_candidates
 
     @wraps(draft)
@@ -121,7 +155,7 @@ def _get_candidate_generator(model: Any, *args: Any, **kwargs: Any) -> Any:
     return generator
 
 
-def _prepare_attention_mask_for_generation(
+def _make_mask(
     model: Any, inputs_tensor: Tensor, generation_config: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
     """All ones for a drafting model, which is handed its text without padding.
@@ -130,7 +164,7 @@ def _prepare_attention_mask_for_generation(
     """
     if getattr(generation_config, "is_assistant", False):
         return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
-    mask: Tensor = type(model)._prepare_attention_mask_for_generation(
+    mask: Tensor = getattr(type(model), MAKES_MASK)(
         model, inputs_tensor, generation_config, *args, **kwargs
     )
     return mask
@@ -146,10 +180,9 @@ def _refuse_continuous_batching(model: Any, *_: Any, **__: Any) -> Any:
 
 # Method of GenerationMixin -> what answers to its name while the model is patched.
 OVERRIDES: dict[str, Callable[..., Any]] = {
-    "_prepare_cache_for_generation": _prepare_cache_for_generation,
-    "_prepare_attention_mask_for_generation": _prepare_attention_mask_for_generation,
-    "_get_candidate_generator": _get_candidate_generator,
-    "init_continuous_batching": _refuse_continuous_batching,
-    "continuous_batching_context_manager": _refuse_continuous_batching,
-    "generate_batch": _refuse_continuous_batching,
+    "generate": _generate,
+    MAKES_CACHE: _make_cache,
+    MAKES_MASK: _make_mask,
+    DRAFTS_BY: _draft,
+    **dict.fromkeys(PAGED, _refuse_continuous_batching),
 }

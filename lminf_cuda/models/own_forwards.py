@@ -2,8 +2,9 @@
 
 Each forward here stands for that of an attention module while the model is patched: it projects,
 hands un-rotated queries, keys and values to `attend`, and projects back. `attend` is given by the
-patch: (module, q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], cache, scale,
-distance_bias=None) -> [B, S, Hq * Dv].
+patch: (module, q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], scale, distance_bias=None) ->
+[B, S, Hq * Dv]. It knows the cache by itself, so that none of these forwards takes it from an
+argument, whose name changes from version to version.
 
 Beside them is what such modules know of positions: ALiBi slopes, tables of sines, learned biases.
 """
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import asks_interface
 from .rope import Rope
 
 __all__ = [
-    "asks_interface",
     "bloom_forward",
     "bloom_slopes",
     "codegen_forward",
@@ -37,18 +38,11 @@ __all__ = [
 ]
 
 
-def asks_interface(module: Any) -> bool:
-    """Whether a module's forward looks its attention function up; not all do in old versions."""
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names
-
-
 def falcon_forward(
     attend: Callable[..., Tensor],
     module: Any,
     hidden_states: Tensor,
     *_: Any,
-    layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """Falcon's, in all its versions of grouped heads."""
@@ -57,7 +51,7 @@ def falcon_forward(
         step = module.num_heads // module.num_kv_heads
         k, v = k[:, :, ::step], v[:, :, ::step]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
+    out = attend(module, q, k, v, module.inv_norm_factor)
     return module.dense(out), None
 
 
@@ -66,7 +60,6 @@ def gptj_forward(
     module: Any,
     hidden_states: Tensor,
     *_: Any,
-    layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """GPT-J's."""
@@ -75,7 +68,7 @@ def gptj_forward(
         project(hidden_states).view(heads).transpose(1, 2)
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
-    out = attend(module, q, k, v, layer_past, module.head_dim**-0.5)
+    out = attend(module, q, k, v, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(out)), None
 
 
@@ -84,7 +77,6 @@ def mpt_forward(
     module: Any,
     hidden_states: Tensor,
     *_: Any,
-    past_key_values: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """MPT's."""
@@ -93,7 +85,7 @@ def mpt_forward(
         qkv = qkv.clamp(-module.clip_qkv, module.clip_qkv)
     heads = (*hidden_states.shape[:2], module.n_heads, module.head_dim)
     q, k, v = (x.view(heads).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-    return module.out_proj(attend(module, q, k, v, past_key_values, module.softmax_scale)), None
+    return module.out_proj(attend(module, q, k, v, module.softmax_scale)), None
 
 
 def bloom_forward(
@@ -102,12 +94,11 @@ def bloom_forward(
     hidden_states: Tensor,
     residual: Tensor,
     *_: Any,
-    layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """Bloom's, which adds the residual itself."""
     q, k, v = module._reshape(module.query_key_value(hidden_states))
-    out = attend(module, q, k, v, layer_past, module.inv_norm_factor)
+    out = attend(module, q, k, v, module.inv_norm_factor)
     return residual + module.dense(out), None
 
 
@@ -116,7 +107,6 @@ def codegen_forward(
     module: Any,
     hidden_states: Tensor,
     *_: Any,
-    layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """CodeGen's, whose projections stand in the order of the four devices it was trained on."""
@@ -124,7 +114,7 @@ def codegen_forward(
     qvk = module.qkv_proj(hidden_states).view(batch, n_tokens, 4, 3, -1)
     heads = (batch, n_tokens, module.num_attention_heads, module.head_dim)
     q, v, k = (x.reshape(heads).transpose(1, 2) for x in qvk.unbind(3))
-    out = attend(module, q, k, v, layer_past, module.head_dim**-0.5)
+    out = attend(module, q, k, v, module.head_dim**-0.5)
     return module.resid_dropout(module.out_proj(out)), None
 
 
@@ -133,13 +123,12 @@ def gpt_neox_japanese_forward(
     module: Any,
     hidden_states: Tensor,
     *_: Any,
-    layer_past: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None, Tensor | None]:
     """GPT-NeoX-Japanese's, which hands its bias on to the layer."""
     qkv = module.query_key_value(hidden_states).unflatten(-1, (module.num_attention_heads, -1))
     q, k, v = (x.transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-    out = attend(module, q, k, v, layer_past, module.head_size**-0.5)
+    out = attend(module, q, k, v, module.head_size**-0.5)
     return module.dense(out), None, module.dense_bias
 
 
@@ -148,7 +137,6 @@ def diffllama_forward(
     module: Any,
     hidden_states: Tensor,
     *_: Any,
-    past_key_values: Any = None,
     **__: Any,
 ) -> tuple[Tensor, None]:
     """Differential attention: half of the heads are subtracted from the other half, over values of
@@ -158,7 +146,7 @@ def diffllama_forward(
         for project in (module.q_proj, module.k_proj, module.v_proj)
     )
     v = torch.cat(v.chunk(2, dim=1), dim=-1).repeat(1, 2, 1, 1)
-    out = attend(module, q, k, v, past_key_values, module.head_dim**-0.5)
+    out = attend(module, q, k, v, module.head_dim**-0.5)
     plus, minus = out.unflatten(-1, (-1, 2 * module.head_dim)).chunk(2, dim=2)
     first, second = (
         (a.float() * b.float()).sum().exp().to(out.dtype)
@@ -174,7 +162,6 @@ def t5_forward(
     hidden_states: Tensor,
     *_: Any,
     position_bias: Tensor | None = None,
-    past_key_values: Any = None,
     **__: Any,
 ) -> tuple[Tensor | None, ...]:
     """Of the decoder's self-attention. What goes from layer to layer as `position_bias` is the
@@ -186,8 +173,7 @@ def t5_forward(
     )
     if position_bias is None:
         position_bias = _t5_biases(module, module.lminf_layer.max_distance, q.device)
-    cache = None if past_key_values is None else past_key_values.self_attention_cache
-    out = module.o(attend(module, q, k, v, cache, 1.0, distance_bias=position_bias))
+    out = module.o(attend(module, q, k, v, 1.0, distance_bias=position_bias))
     if "position_bias" not in inspect.signature(type(module).forward).parameters:
         return out, None
     return (out, position_bias, None) if asks_interface(module) else (out, position_bias)
@@ -231,6 +217,6 @@ def mpt_slopes(module: Any) -> Tensor:
 
 def gptj_rope(module: Any) -> Rope:
     """The rotation that GPT-J and CodeGen look up in a table of sines."""
-    dim = module.pos_embd_dim
+    dim = module.rotary_dim or module.embed_dim
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     return Rope(inv_freq, interleaved=True)

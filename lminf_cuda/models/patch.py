@@ -8,8 +8,8 @@ the AttentionInterface (docs/design.md section 3):
 - the config names the attention function `lminf`, which calls the ops; the mask function of the
   same name passes the 2-D padding mask on, so no mask of n x n entries is ever built;
 - a hook before the decoder's forward checks its inputs once, works out the rows' positions, and
-  sends them to every layer as the keyword argument `lminf_forward`;
-- a hook after it tells the cache that the tokens are in.
+  opens the state of this forward, which every layer's attention meets (forward_state.py);
+- a hook after it checks that each did, and tells the cache that the tokens are in.
 
 positions.py holds these checks; families.py says which models are served and where they differ.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -26,11 +25,22 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 
-from .attention import ATTENTION_NAME, LAYER_ATTRIBUTE, STATE_ATTRIBUTE, attend_in_forward
+from .attention import ATTENTION_NAME, LAYER_ATTRIBUTE, attend_in_forward
+from .compat import (
+    WRAPPED_FORWARD,
+    attention_name,
+    cache_argument,
+    has_keywords,
+    move_cache,
+    parameter_names,
+    set_attention_name,
+    versions,
+)
 from .families import ENCODER_DECODERS, FAMILIES, WRAPPERS, find_decoder
 from .family import Family
+from .forward_state import STATE_KEYWORD, ForwardState, enter, leave, running
 from .generation import OVERRIDES, lambda_cache, new_cache
-from .positions import ForwardState, locate_tokens, padding_mask, refuse_inputs
+from .positions import locate_tokens, padding_mask, refuse_inputs
 from .resolve import add_middle, resolve_layers, resolve_lengths, resolve_middle
 from .rope import IdentityRotary, is_rotary
 from .settings import SETTINGS_ATTRIBUTE, LambdaSettings
@@ -40,7 +50,18 @@ __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_mod
 Model = TypeVar("Model", bound=nn.Module)
 
 _PATCH_ATTRIBUTE = "_lminf_patch"  # of a decoder: its _Patch
-_WRAPPED_FORWARD = "_old_forward"  # of a module with accelerate's hooks: the forward in them
+
+
+def _cache_name(decoder: Any) -> str:
+    """What the decoder's forward calls the cache."""
+    name = cache_argument(decoder.forward)
+    if name is None:
+        raise ValueError(
+            f"the forward of {type(decoder).__name__} takes no argument that could be recognised "
+            f"as the cache (its parameters: {', '.join(parameter_names(decoder.forward))}); "
+            f"{versions()}"
+        )
+    return name
 
 
 class _Patch:
@@ -55,8 +76,11 @@ class _Patch:
         self.family = family
         modules = family.attention_modules(decoder)
         self.attention = [module for module in modules if module is not None]
-        self.input_names = list(inspect.signature(decoder.forward).parameters)
-        self.attn_implementation: str | None = decoder.config._attn_implementation
+        self.input_names = parameter_names(decoder.forward)
+        self.cache_name = _cache_name(decoder)
+        self.hands_on = family.forward is None and has_keywords(decoder.forward)
+        self.n_hidden_layers: int | None = getattr(decoder.config, "num_hidden_layers", None)
+        self.attn_implementation = attention_name(decoder.config)
 
         # A config may be shared with another model, which must not change; one around the decoder's
         # holds it.
@@ -72,7 +96,7 @@ class _Patch:
         for module in self.cross_attention:
             module.config = plain
         if not family.cross_attends:  # where the cross-attention goes on to ask for it
-            decoder.config._attn_implementation = ATTENTION_NAME
+            set_attention_name(decoder.config, ATTENTION_NAME)
 
         # With what the instance had, and what it has now.
         self.overridden: list[tuple[nn.Module, str, Any, Any]] = []
@@ -88,18 +112,19 @@ class _Patch:
         for name, module in list(decoder.named_modules()):
             if is_rotary(module):
                 decoder.set_submodule(name, IdentityRotary(module, self.attention))
+        self.makes_caches = getattr(model.config, "model_type", None) in WRAPPERS
         self.hooks = [
             decoder.register_forward_pre_hook(self.before_forward, with_kwargs=True),
             decoder.register_forward_hook(self.after_forward, with_kwargs=True),
+            decoder.register_forward_hook(self.leave_forward, always_call=True),
         ]
-        if getattr(model.config, "model_type", None) in WRAPPERS:
-            self.hooks += [
-                module.register_forward_pre_hook(self.before_wrapper, with_kwargs=True)
-                for module in model.modules()
-                if module is not decoder
-                and any(child is decoder for child in module.modules())
-                and "past_key_values" in inspect.signature(module.forward).parameters
-            ]
+        for module in model.modules():
+            if module is decoder or all(child is not decoder for child in module.modules()):
+                continue
+            if cache_name := cache_argument(module.forward):
+                names = parameter_names(module.forward)
+                hook = functools.partial(self.before_around, names, cache_name)
+                self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
         for module in model.modules():
             if isinstance(module, GenerationMixin):
@@ -115,8 +140,8 @@ class _Patch:
 
     def override(self, module: nn.Module, name: str, value: Any) -> None:
         """Lets one instance answer to `name` by `value`."""
-        if name == "forward" and _WRAPPED_FORWARD in module.__dict__:
-            name = _WRAPPED_FORWARD  # so that accelerate's hooks go on around it
+        if name == "forward" and WRAPPED_FORWARD in module.__dict__:
+            name = WRAPPED_FORWARD  # so that accelerate's hooks go on around it
         self.overridden.append((module, name, module.__dict__.get(name), value))
         setattr(module, name, value)
 
@@ -126,16 +151,16 @@ class _Patch:
             hook.remove()
         for module, name, before, value in self.overridden:
             # A forward may have been wrapped since, or taken out of a wrapper.
-            if name in ("forward", _WRAPPED_FORWARD):
-                is_wrapped = module.__dict__.get(_WRAPPED_FORWARD) is value
-                name = _WRAPPED_FORWARD if is_wrapped else "forward"
+            if name in ("forward", WRAPPED_FORWARD):
+                is_wrapped = module.__dict__.get(WRAPPED_FORWARD) is value
+                name = WRAPPED_FORWARD if is_wrapped else "forward"
                 if is_wrapped and before is None:
                     before = MethodType(type(module).forward, module)
             if before is None:
                 delattr(module, name)
             else:
                 setattr(module, name, before)
-        names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, LAYER_ATTRIBUTE, STATE_ATTRIBUTE)
+        names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, LAYER_ATTRIBUTE)
         for module in self.model.modules():
             for name in names:
                 if name in module.__dict__:
@@ -143,23 +168,36 @@ class _Patch:
         for name, module in list(self.decoder.named_modules()):
             if isinstance(module, IdentityRotary):
                 self.decoder.set_submodule(name, module.original)
-        self.decoder.config._attn_implementation = self.attn_implementation
+        set_attention_name(self.decoder.config, self.attn_implementation)
         for module in self.cross_attention:
             module.config = self.decoder.config
 
-    def before_wrapper(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def before_around(
+        self,
+        names: list[str],
+        cache_name: str,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Hook before the forward of a model around the decoder, which may make a cache itself."""
-        names = list(inspect.signature(module.forward).parameters)
+        """Hook before the forward of a module around the decoder: passes a cache on by its name.
+
+        Models that also see or hear would make one of their own.
+        """
         kwargs = dict(zip(names, args, strict=False)) | kwargs
-        if kwargs.get("past_key_values") is None:
-            use_cache = kwargs.get("use_cache")
-            if self.decoder.config.use_cache if use_cache is None else use_cache:
-                kwargs["past_key_values"] = new_cache(self.decoder)
-        else:
-            lambda_cache(self.decoder, kwargs["past_key_values"])
+        cache = move_cache(kwargs, cache_name)
+        if cache is not None:
+            lambda_cache(self.decoder, cache)
+        elif self.makes_caches and self.wants_cache(kwargs):
+            kwargs[cache_name] = new_cache(self.decoder)
         return (), kwargs
+
+    def wants_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward with these arguments is to use a cache."""
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.decoder.config, "use_cache", False)
+        return bool(use_cache)
 
     def before_forward(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -167,23 +205,21 @@ class _Patch:
         """Hook before the decoder's forward: checks, makes a cache, works out positions."""
         kwargs = dict(zip(self.input_names, args, strict=False)) | kwargs
         config = decoder.config
-        if config._attn_implementation != ATTENTION_NAME and not self.family.cross_attends:
+        if attention_name(config) != ATTENTION_NAME and not self.family.cross_attends:
             raise RuntimeError(
                 "attn_implementation of a patched model was set to "
-                f"{config._attn_implementation!r}; call unpatch_model(model) before changing it"
+                f"{attention_name(config)!r}; call unpatch_model(model) before changing it"
             )
         refuse_inputs(config, kwargs)
+        cache = move_cache(kwargs, self.cache_name)
         inputs = kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             return (), kwargs  # the model's own error is clear
 
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            use_cache = kwargs.get("use_cache")
-            if getattr(config, "use_cache", False) if use_cache is None else use_cache:
-                cache = kwargs["past_key_values"] = new_cache(decoder)
+        if cache is None and self.wants_cache(kwargs):
+            cache = kwargs[self.cache_name] = new_cache(decoder)
         if cache is not None:
             cache = lambda_cache(decoder, cache)
             cache.check(self.settings, *inputs.shape[:2])
@@ -195,17 +231,11 @@ class _Patch:
             kwargs.get("position_ids"),
             bool(self.settings.recurrent_states),
         )
-        if cache is not None:
-            assert state.first is not None
-            cache.begin(state.first)
         if self.family.reads_positions and state.first is not None:
             columns = torch.arange(state.n_tokens, device=state.first.device)
             kwargs["position_ids"] = (state.first[:, None] + columns).clamp(min=0)
-        if self.family.passes_kwargs:
-            kwargs["lminf_forward"] = state
-        else:
-            for module in self.attention:
-                setattr(module, STATE_ATTRIBUTE, state)
+        if self.hands_on:
+            kwargs[STATE_KEYWORD] = state
         if self.family.cross_attends:
             # A finished mask is passed on as it is, and nobody reads it: none of n x n is built.
             kwargs["attention_mask"] = inputs.new_ones((1, 1, 1, 1), dtype=torch.bool)
@@ -214,18 +244,28 @@ class _Patch:
             kwargs["attention_mask"] = inputs.new_ones(
                 (inputs.shape[0], n_columns), dtype=torch.int64
             )
+        if cache is not None:
+            assert state.first is not None
+            cache.begin(state.first)
+        enter(state, self)
         return (), kwargs
+
+    def leave_forward(self, *_: Any) -> None:
+        """Hook after the decoder's forward, also where it raised."""
+        leave(self)
 
     def after_forward(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Hook after the decoder's forward: the tokens are in the cache."""
-        if self.family.passes_kwargs:
-            state: ForwardState = kwargs["lminf_forward"]
-        else:
-            state = getattr(self.attention[0], STATE_ATTRIBUTE)
-            for module in self.attention:
-                setattr(module, STATE_ATTRIBUTE, None)
+        state: ForwardState | None = kwargs.get(STATE_KEYWORD) or running()
+        if state is None:
+            return  # without inputs
+        layers = self.settings.layers
+        n_hidden = getattr(decoder.config, "num_hidden_layers", None)
+        if n_hidden != self.n_hidden_layers:  # as transformers' early exit has it
+            layers = layers[:n_hidden]
+        state.check_complete(layers)
         if state.cache is None or state.first is None:
             return
         if state.is_right_padded:

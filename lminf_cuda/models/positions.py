@@ -8,15 +8,15 @@ attention function has to know (`ForwardState`); the Λ mask itself is never bui
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import LambdaCache
+from .forward_state import ForwardState
 
-__all__ = ["ForwardState", "causal_padding_mask", "locate_tokens", "padding_mask", "refuse_inputs"]
+__all__ = ["causal_padding_mask", "locate_tokens", "padding_mask", "refuse_inputs"]
 
 # Which transformers hands on to attention functions, and which this one would not heed.
 _REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
@@ -30,32 +30,6 @@ _NO_IDLE_ROW = (
     "attention_mask masks the new token of a row, and this model has recurrent layers, whose "
     "states take every token of a step; leave such rows out of the batch"
 )
-
-
-@dataclass(eq=False)
-class ForwardState:
-    """Where the tokens of one forward stand.
-
-    Attributes:
-        cache: the cache in use, or None.
-        first: int64 [B], the position of each row's first new token, negative where the row begins
-            with padding; None for 0 in all rows (only without a cache).
-        n_tokens: new columns.
-        is_decode: one new column, and a cache that holds some already.
-        is_right_padded: some row ends with padding.
-    """
-
-    cache: LambdaCache | None
-    first: Tensor | None
-    n_tokens: int
-    is_decode: bool
-    is_right_padded: bool
-
-    def first_on(self, device: torch.device) -> Tensor | None:
-        """`first` on the device of the layer that asks."""
-        if self.first is None or self.first.device == device:
-            return self.first
-        return self.first.to(device)
 
 
 def refuse_inputs(config: Any, kwargs: dict[str, Any]) -> None:

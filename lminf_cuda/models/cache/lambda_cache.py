@@ -75,7 +75,7 @@ class LambdaCache(Cache):
         self._batch_size = batch_size
         self._unusable: str | None = None
         self.next_positions: Tensor | None = None  # int64 [B]: tokens of each row so far
-        self.updated_layer = 0  # the one that was last handed new keys
+        self._updated: int | None = None  # the layer that was last handed new keys
 
     def attention_layers(self) -> list[LambdaCacheLayer]:
         """Those layers that keep keys and values."""
@@ -95,8 +95,13 @@ class LambdaCache(Cache):
 
         An attention module may serve several layers, and this is the only place that names one.
         """
-        self.updated_layer = layer_idx
+        self._updated = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def take_updated(self) -> int | None:
+        """The layer that `update` was last called for, once; None if it was not called since."""
+        layer_idx, self._updated = self._updated, None
+        return layer_idx
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens seen, padding included; of an image's layer, its keys."""
@@ -201,6 +206,7 @@ class LambdaCache(Cache):
 
     def _end_forward(self) -> None:
         self._progress.in_forward = False
+        self._updated = None
         for layer in self.attention_layers():
             layer.shown = None
 

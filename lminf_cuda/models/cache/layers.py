@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ... import ops as _ops  # registers torch.ops.lminf  # noqa: F401
+from ..compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
 from ..middle import MiddleStore, add_middle_tokens
 from ..settings import LambdaSettings, LayerSettings
 
@@ -39,18 +38,7 @@ __all__ = [
     "Progress",
     "RecurrentLayer",
     "new_layer",
-    "recurrent_layers_are_known",
 ]
-
-# What a model with other layers than attention keeps of them; old versions of transformers have no
-# such classes, and `recurrent_layers_are_known` says so.
-_LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
-_DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
-
-
-def recurrent_layers_are_known() -> bool:
-    """Whether the installed transformers has cache layers for what is not attention."""
-    return _LinearAttentionLayer is not object and _DummyLayer is not object
 
 
 @dataclass(eq=False)
@@ -374,7 +362,7 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.middle.select_rows(indices)
 
 
-class RecurrentLayer(_LinearAttentionLayer):
+class RecurrentLayer(LinearAttentionLayer):
     """transformers' own states of a layer that is not attention, or not attention alone."""
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -395,7 +383,7 @@ class _HybridLayer(RecurrentLayer, LambdaCacheLayer):
 
     def __init__(self, n_states: int, *args: Any) -> None:
         LambdaCacheLayer.__init__(self, *args)
-        _LinearAttentionLayer.__init__(self, number_of_states=n_states)
+        LinearAttentionLayer.__init__(self, number_of_states=n_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         owner = LambdaCacheLayer if args else RecurrentLayer  # which names what it initializes
@@ -420,9 +408,9 @@ def new_layer(settings: LambdaSettings, index: int, progress: Progress, keep_mid
     layer, states = settings.layers[index], settings.recurrent_states
     n_states = states[index] if states else 0
     if layer is None:
-        return RecurrentLayer(number_of_states=n_states) if n_states else _DummyLayer()
+        return RecurrentLayer(number_of_states=n_states) if n_states else DummyLayer()
     if layer.keys_of is not None:
-        return _DummyLayer()
+        return DummyLayer()
     is_shared = any(other and other.keys_of == index for other in settings.layers)
     arguments = (layer, progress, keep_middle, is_shared)
     return _HybridLayer(n_states, *arguments) if n_states else LambdaCacheLayer(*arguments)
