@@ -108,7 +108,8 @@ class ForwardState:
 class _Traced:
     """What runs while a graph is traced: Dynamo cannot trace a ContextVar, and runs no threads."""
 
-    state: ForwardState | None = None
+    def __init__(self) -> None:
+        self.state: ForwardState | None = None
 
 
 _traced = _Traced()

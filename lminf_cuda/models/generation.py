@@ -76,6 +76,8 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
         asked = given.cache_implementation
         if own is not None and asked == own.cache_implementation:
             asked = None  # the checkpoint's, which is not about this model as it is patched
+    if asked == "paged":
+        _refuse_continuous_batching(model)
     if asked is not None:
         raise ValueError(
             f"cache_implementation is {asked!r}; a patched model has its own cache: leave the "
