@@ -43,7 +43,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.models.cache.layers import recurrent_layers_are_known
+from lminf_cuda.models.compat import recurrent_layers_are_known
 from lminf_cuda.models.families import FAMILIES, WRAPPERS, find_decoder
 
 N_GLOBAL, WINDOW = 3, 12

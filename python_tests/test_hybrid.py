@@ -13,7 +13,8 @@ from tiny_models import one_thread, tokens
 from torch import Tensor
 
 from lminf_cuda import LambdaCache, patch_model
-from lminf_cuda.models.cache.layers import LambdaCacheLayer, recurrent_layers_are_known
+from lminf_cuda.models.cache.layers import LambdaCacheLayer
+from lminf_cuda.models.compat import recurrent_layers_are_known
 from lminf_cuda.models.families import FAMILIES
 
 N_GLOBAL, WINDOW, NEW = 3, 12, 5

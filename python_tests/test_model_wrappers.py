@@ -21,7 +21,7 @@ from family_sweep import tiny
 from tiny_models import MODELS, one_thread, tiny_model, tokens
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.models.cache.layers import recurrent_layers_are_known
+from lminf_cuda.models.compat import recurrent_layers_are_known
 
 _RECURRENT = pytest.mark.skipif(
     not recurrent_layers_are_known(), reason="this transformers' caches know no such layers"
