@@ -35,6 +35,8 @@ class ForwardState:
         n_tokens: new columns.
         is_decode: one new column, and a cache that holds some already.
         is_right_padded: some row ends with padding.
+        late_rows: bool [B], the rows whose first columns in the cache were padding alone; None for
+            none.
         met: the cache layers that attention layers have met so far, in their order.
         n_attended: calls of the attention function so far.
         owner: the patch whose forward it is.
@@ -46,6 +48,7 @@ class ForwardState:
     n_tokens: int
     is_decode: bool
     is_right_padded: bool
+    late_rows: Tensor | None = None
     met: list[int] = field(default_factory=list)
     n_attended: int = 0
     owner: Any = None

@@ -246,7 +246,7 @@ class _Patch:
             )
         if cache is not None:
             assert state.first is not None
-            cache.begin(state.first)
+            cache.begin(state.first, state.late_rows)
         enter(state, self)
         return (), kwargs
 

@@ -249,6 +249,8 @@ def locate_tokens(
 
     real: Tensor | None = None
     is_right_padded = False
+    # Rows that began with padding alone, from whose first token on generate() counts from 1.
+    late = None if cache is None else cache.late_rows
     if attention_mask is not None:
         mask = attention_mask != 0
         # Earlier columns were read when they were new.
@@ -258,12 +260,17 @@ def locate_tokens(
             mask = mask if counts is None else mask.to(counts.device)
             n_left, is_right_padded, real = _padding(mask, counts, n_old)
             first = -n_left if counts is None else counts - n_left
+            is_late = n_left > 0 if counts is None else ~real.any(-1) & (counts == 0)
+            if bool(is_late.any()):
+                late = is_late if late is None else late | is_late
     if position_ids is not None:
         columns = torch.arange(n_tokens, device=position_ids.device)
         allowed = [(n_old + columns)[None]]  # columns, or each row's own tokens
         if first is not None:
             allowed.append(first[:, None].to(columns.device) + columns)
+        if late is not None:
+            allowed.append(allowed[-1] + late[:, None].to(columns.device))
         real = None if real is None else real.to(columns.device)
         _check_position_ids(position_ids, allowed, real)
     is_decode = n_tokens == 1 and n_old > 0 and real is None
-    return ForwardState(cache, first, n_tokens, is_decode, is_right_padded)
+    return ForwardState(cache, first, n_tokens, is_decode, is_right_padded, late)

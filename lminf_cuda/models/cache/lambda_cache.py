@@ -75,6 +75,7 @@ class LambdaCache(Cache):
         self._batch_size = batch_size
         self._unusable: str | None = None
         self.next_positions: Tensor | None = None  # int64 [B]: tokens of each row so far
+        self.late_rows: Tensor | None = None  # bool [B]: their first columns were padding alone
         self._updated: int | None = None  # the layer that was last handed new keys
 
     def attention_layers(self) -> list[LambdaCacheLayer]:
@@ -173,8 +174,14 @@ class LambdaCache(Cache):
                 "several tokens follow; pass them one at a time, or the whole text with a new cache"
             )
 
-    def begin(self, first: Tensor) -> None:
-        """Opens the cache to a forward whose new tokens start at positions `first`, int64 [B]."""
+    def begin(self, first: Tensor, late_rows: Tensor | None = None) -> None:
+        """Opens the cache to a forward.
+
+        Args:
+            first: int64 [B], positions of each row's first new token.
+            late_rows: bool [B], rows that have held padding alone.
+        """
+        self.late_rows = late_rows
         if self.next_positions is None:
             with torch.inference_mode(False):
                 self.next_positions = torch.zeros_like(first)
@@ -220,6 +227,7 @@ class LambdaCache(Cache):
         for index in self.settings.cross_layers:
             self.layers[index] = new_layer(self.settings, index, self._progress, "device")
         self._unusable = None
+        self.late_rows = None
         if self.next_positions is not None:
             self.next_positions.zero_()
 
@@ -310,13 +318,18 @@ class LambdaCache(Cache):
         for layer in self._cross_layers():
             if layer.is_initialized:
                 layer.reorder_cache(indices)
+        if self.late_rows is not None:
+            self.late_rows = self.late_rows[indices.to(self.late_rows.device)]
         if self.next_positions is not None:
             self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
+        if self._batch_size is not None:
             self._batch_size = indices.numel()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies side by side."""
         if self.next_positions is None:
+            if self._batch_size is not None:
+                self._batch_size *= repeats
             return
         rows = torch.arange(self.next_positions.shape[0], device=self.next_positions.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
