@@ -15,6 +15,7 @@ from transformers.generation import (
 
 from lminf_cuda.generate import TextStream, check_counts, check_sampling
 from lminf_cuda.models.cache import LambdaCache
+from lminf_cuda.models.compat import cache_keyword
 
 _ANSWER = "lminf answer"  # stands for an answer where only what follows it is wanted
 
@@ -132,7 +133,7 @@ class Chat:
     def _step(self, ids: Tensor) -> Tensor:
         """Logits [1, vocabulary] after ids [1, n]."""
         output = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, use_cache=True, logits_to_keep=1, **cache_keyword(self.model, self.cache)
         )
         logits: Tensor = output.logits[:, -1]
         return logits

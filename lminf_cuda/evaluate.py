@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from lminf_cuda.models.cache import LambdaCache
+from lminf_cuda.models.compat import cache_keyword
 from lminf_cuda.models.patch import patch_model, unpatch_model
 
 VANILLA, LM_INFINITE, CUT = "vanilla", "LM-Infinite", "cut"
@@ -318,6 +319,7 @@ def stream(
     trace = Trace(np.empty(0, np.float32), [], [], [])
     nats: list[np.ndarray] = []
     seconds, cache_bytes = 0.0, 0
+    with_cache = cache_keyword(model, cache)
     with tqdm(
         total=bounds[-1][1], desc=label, unit="tok", unit_scale=True, leave=False, disable=None
     ) as bar:
@@ -326,9 +328,8 @@ def stream(
             if trace.stopped:
                 break
             began = time.perf_counter()
-            logits = model(
-                input_ids=tokens[None, start:end], past_key_values=cache, use_cache=True
-            ).logits[0]
+            piece = tokens[None, start:end]
+            logits = model(input_ids=piece, use_cache=True, **with_cache).logits[0]
             nats.append(token_nats(logits, tokens[start + 1 : end + 1]))
             _synchronize(tokens.device)
             seconds += time.perf_counter() - began

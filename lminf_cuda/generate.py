@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from lminf_cuda.models.cache import LambdaCache
+from lminf_cuda.models.compat import GENERATION_CACHE, cache_keyword
 
 UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
 LONGEST_CHARACTER = 4  # bytes of the longest UTF-8 character
@@ -65,12 +66,13 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
 def prefill(model: Any, input_ids: torch.Tensor, chunk: int, cache: LambdaCache) -> None:
     """Read all of input_ids [1, n] but its last token into the cache, `chunk` tokens at a time."""
     n = input_ids.shape[1] - 1
+    with_cache = cache_keyword(model, cache)
     with tqdm(
         total=n, desc="prompt", unit="tok", unit_scale=True, leave=False, disable=None
     ) as bar:
         for start in range(0, n, chunk):
             piece = input_ids[:, start : min(start + chunk, n)]
-            model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=piece, use_cache=True, logits_to_keep=1, **with_cache)
             bar.update(piece.shape[1])
 
 
@@ -134,10 +136,10 @@ def generate(
     output: torch.Tensor = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
         streamer=TextStream(tokenizer, write),
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
+        **{GENERATION_CACHE: cache},
         **sampling,
     )
     return output[0, input_ids.shape[1] :]

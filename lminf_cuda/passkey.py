@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lminf_cuda.generate import prefill
 from lminf_cuda.models.cache import LambdaCache
+from lminf_cuda.models.compat import GENERATION_CACHE
 from lminf_cuda.models.patch import patch_model, unpatch_model
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
 
@@ -118,8 +119,8 @@ def write_on(model: Any, prompts: Tensor, n_tokens: int, chunk: int) -> Tensor:
     """
     options: dict[str, Any] = {}
     if hasattr(model, SETTINGS_ATTRIBUTE):
-        options["past_key_values"] = LambdaCache(model)
-        prefill(model, prompts, chunk, options["past_key_values"])
+        options[GENERATION_CACHE] = LambdaCache(model)
+        prefill(model, prompts, chunk, options[GENERATION_CACHE])
     output: Tensor = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
