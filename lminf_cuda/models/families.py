@@ -26,7 +26,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from .compat import recurrent_layers_are_known
+from .compat import recurrent_layers_are_known, versions
 from .family import RECURRENT, WITHOUT_ATTENTION, Family
 from .own_forwards import (
     bloom_forward,
@@ -315,8 +315,8 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     if len(decoders) != 1:
         raise ValueError(
             f"this {type(model).__name__} calls itself {model_type!r} but is not built like "
-            f"transformers' own (one decoder with {family.layers}[i].{family.attention[0]}); "
-            f"{supported}"
+            f"transformers' own (one decoder with {family.layers}[i].{family.attention[0]}, whose "
+            f"attention asks the AttentionInterface or is known here); {versions()}"
         )
     config: Any = decoders[0].config
     if not getattr(config, "is_causal", True):
