@@ -228,7 +228,7 @@ def randomize(model: Any, attention_gain: float = 2.0) -> Any:
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Random ids [batch, length], none of them the padding's."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (batch, length), generator=generator)
+    return torch.randint(2, VOCAB, (batch, length), generator=generator, device="cpu")
 
 
 @contextmanager
