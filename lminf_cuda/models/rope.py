@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .writable import writable
+
 __all__ = [
     "IdentityRotary",
     "Rope",
@@ -72,7 +74,7 @@ def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
     """
     layer_types = () if layer_type is None else (layer_type,)
     probe = copy.deepcopy(rotary)  # some rewrite their frequencies
-    with torch.inference_mode(False), torch.no_grad():
+    with writable(), torch.no_grad():
         device = next(probe.buffers()).device
         x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
         positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -118,7 +120,7 @@ def snapshot_rope(
     inv_freq = getattr(rotary, f"{prefix}original_inv_freq", None)
     if inv_freq is None:
         inv_freq = getattr(rotary, f"{prefix}inv_freq")
-    with torch.inference_mode(False):
+    with writable():
         kept = inv_freq.detach().to(torch.float32, copy=True)
     return Rope(kept, _identity(rotary, layer_type)[1], interleaved, rotates_last)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..settings import SETTINGS_ATTRIBUTE, LambdaSettings
+from ..writable import Writable, writable
 from .layers import LambdaCacheLayer, Progress, RecurrentLayer, new_layer
 
 __all__ = ["LambdaCache"]
@@ -24,7 +25,7 @@ __all__ = ["LambdaCache"]
 ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 
 
-class LambdaCache(Cache):
+class LambdaCache(Cache, Writable):
     """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
 
     Only for a model patched with `middle_top_k` it grows: the layers with middle tokens keep all
@@ -171,7 +172,7 @@ class LambdaCache(Cache):
     def begin(self, first: Tensor) -> None:
         """Opens the cache to a forward whose new tokens start at positions `first`, int64 [B]."""
         if self.next_positions is None:
-            with torch.inference_mode(False):
+            with writable():
                 self.next_positions = torch.zeros_like(first)
             self._batch_size = first.shape[0]
         self._progress.in_forward = True
@@ -299,13 +300,13 @@ class LambdaCache(Cache):
         for layer in self.attention_layers():
             layer.select_rows(indices)
         for layer in self._recurrent_layers():
-            if layer.states():
-                RecurrentLayer.reorder_cache(layer, indices)
+            layer.select_states(indices)
         for layer in self._cross_layers():
             if layer.is_initialized:
                 layer.reorder_cache(indices)
         if self.next_positions is not None:
-            self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
+            with writable():
+                self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
             self._batch_size = indices.numel()
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -33,6 +33,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from ... import ops as _ops  # registers torch.ops.lminf  # noqa: F401
 from ..middle import MiddleStore, add_middle_tokens
 from ..settings import LambdaSettings, LayerSettings
+from ..writable import Writable, writable
 
 __all__ = [
     "LambdaCacheLayer",
@@ -42,15 +43,20 @@ __all__ = [
     "recurrent_layers_are_known",
 ]
 
+
 # What a model with other layers than attention keeps of them; old versions of transformers have no
 # such classes, and `recurrent_layers_are_known` says so.
-_LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
-_DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+class _Unknown:
+    pass
+
+
+_LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", _Unknown)
+_DummyLayer: Any = getattr(cache_utils, "DummyLayer", _Unknown)
 
 
 def recurrent_layers_are_known() -> bool:
     """Whether the installed transformers has cache layers for what is not attention."""
-    return _LinearAttentionLayer is not object and _DummyLayer is not object
+    return _LinearAttentionLayer is not _Unknown and _DummyLayer is not _Unknown
 
 
 @dataclass(eq=False)
@@ -98,7 +104,7 @@ def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
     ring.view(-1, ring.shape[3]).index_copy_(0, _ring_rows(ring, positions), rows)
 
 
-class LambdaCacheLayer(CacheLayerMixin):
+class LambdaCacheLayer(CacheLayerMixin, Writable):
     """The buffers of one layer, allocated when the first keys come by.
 
     Attributes:
@@ -149,8 +155,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
         values = key_states if value_states is None else value_states
-        # Tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        with writable():
             for name, like in (("k", key_states), ("v", values)):
                 batch, heads, _, dim = like.shape
                 ring = like.new_empty((batch, heads, self.capacity, dim))
@@ -337,7 +342,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         for name in ("ring_k", "ring_v"):
             ring = getattr(self, name)
             batch, heads, _, dim = ring.shape
-            with torch.inference_mode(False):
+            with writable():
                 larger = ring.new_empty((batch, heads, self.settings.window + slack, dim))
             _put(larger, positions, _pick(ring, positions))
             setattr(self, name, larger)
@@ -365,7 +370,8 @@ class LambdaCacheLayer(CacheLayerMixin):
             return
         for name in ("ring_k", "ring_v", "global_k", "global_v"):
             buffer = getattr(self, name)
-            rows = buffer.index_select(0, indices.to(buffer.device))
+            with writable():
+                rows = buffer.index_select(0, indices.to(buffer.device))
             if rows.shape == buffer.shape:
                 buffer.copy_(rows)
             else:
@@ -374,13 +380,19 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.middle.select_rows(indices)
 
 
-class RecurrentLayer(_LinearAttentionLayer):
+class RecurrentLayer(_LinearAttentionLayer, Writable):
     """transformers' own states of a layer that is not attention, or not attention alone."""
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Allocates the states as transformers does, writable outside of inference mode, too."""
-        with torch.inference_mode(False):
+        """Allocates the states as transformers does."""
+        with writable():
             super().lazy_initialization(*args, **kwargs)
+
+    def select_states(self, indices: Tensor) -> None:
+        """Keeps the states of the rows `indices`, int64 [rows]."""
+        if self.states():
+            with writable():
+                self.reorder_cache(indices)
 
     def states(self) -> list[Tensor]:
         """The tensors that the layer keeps; none before its first use."""
