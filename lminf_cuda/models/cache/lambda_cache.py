@@ -149,12 +149,7 @@ class LambdaCache(Cache, Writable):
                 or the model reads several tokens only at the beginning.
             RuntimeError: an earlier forward left a state from which the cache cannot go on.
         """
-        if settings.patch_id != self.settings.patch_id:
-            raise ValueError(
-                "past_key_values is a LambdaCache made for another patched model or for other "
-                f"settings ({self.settings}); this model has {settings}: make a new one by "
-                "LambdaCache(model)"
-            )
+        self.settings.check_same(settings)
         if self._unusable is not None:
             raise RuntimeError(self._unusable)
         if self._batch_size not in (None, batch_size):

@@ -104,6 +104,15 @@ def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
     ring.view(-1, ring.shape[3]).index_copy_(0, _ring_rows(ring, positions), rows)
 
 
+def _check_dtype(kept: Tensor | None, new: Tensor) -> None:
+    if kept is not None and kept.dtype != new.dtype:
+        raise ValueError(
+            f"past_key_values is a LambdaCache that holds {kept.dtype}, and this forward gives it "
+            f"{new.dtype}; go on in the dtype (and autocast) that the cache began "
+            "in, or make a new one by LambdaCache(model)"
+        )
+
+
 class LambdaCacheLayer(CacheLayerMixin, Writable):
     """The buffers of one layer, allocated when the first keys come by.
 
@@ -204,6 +213,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         """
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        _check_dtype(self.ring_k, k)
         out, lse = torch.ops.lminf.lambda_decode.default(
             q,
             k,
@@ -273,6 +283,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
             return out
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        _check_dtype(self.ring_k, k)
         self._store_globals(k, v, first)
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)
@@ -387,6 +398,11 @@ class RecurrentLayer(_LinearAttentionLayer, Writable):
         """Allocates the states as transformers does."""
         with writable():
             super().lazy_initialization(*args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Any:
+        """Appends new states, which have the dtype of those before."""
+        _check_dtype(self.conv_states[state_idx], conv_states)
+        return super().update_conv_state(conv_states, state_idx, **kwargs)
 
     def select_states(self, indices: Tensor) -> None:
         """Keeps the states of the rows `indices`, int64 [rows]."""
