@@ -159,11 +159,12 @@ def _contenders(
     generator = torch.Generator().manual_seed(0)
 
     def random(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=generator).to(device, dtype)
+        x = torch.randn(*sizes, generator=generator, dtype=torch.float32, device="cpu")
+        return x.to(device, dtype)
 
     q = random(shape.batch, shape.heads, shape.length, shape.head_dim)
     k, v = (random(shape.batch, shape.kv_heads, shape.length, shape.head_dim) for _ in range(2))
-    exponents = torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim
+    exponents = torch.arange(0, shape.head_dim, 2, device=device).float() / shape.head_dim
     inv_freq = 10_000.0**-exponents
     a, b = (random(CEILING_SIZE, CEILING_SIZE) for _ in range(2))
     gqa = shape.heads != shape.kv_heads

@@ -154,7 +154,7 @@ class Chat:
         for token in self._write(torch.tensor([ids], device=self.model.device)):
             count += 1
             if token not in self.ends:
-                stream.put(torch.tensor([token]))
+                stream.put(torch.tensor([token], device="cpu"))
         stream.end()
         return count
 

@@ -140,7 +140,7 @@ def tokenize(tokenizer: Any, text: str) -> Text:
     encoded = tokenizer(
         text, return_offsets_mapping=getattr(tokenizer, "is_fast", False), verbose=False
     )
-    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64, device="cpu")
     offsets = encoded.get("offset_mapping")
     if offsets is None:
         return Text(tokens, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -87,6 +88,7 @@ def _lambda_attn_fake(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
 
 def _lambda_decode_fake(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
     tensors = _tensors(args, kwargs)
+    _refuse_derivatives("lambda_decode", tensors)
     _check_devices("lambda_decode", *tensors)
     return _attention_fake(tensors[0])
 
@@ -103,19 +105,56 @@ def _middle_topk_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor
     return *_attention_fake(q), positions.new_empty((*q.shape[:2], top_k))
 
 
-def _refuse_gradients(op: OpOverload) -> Callable[..., object]:
-    """The op's autograd kernel: raises when a gradient would be due, else goes on below."""
+def _why_no_derivative(op: str, tensors: list[Tensor]) -> str:
+    """What is wrong where a derivative of `op` would be due; else empty."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _NO_BACKWARD.format(op=op)
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return _NO_FORWARD_MODE.format(op=op)
+    return ""
 
-    def autograd_kernel(keyset: torch._C.DispatchKeySet, *args: object, **kwargs: object) -> object:
-        tensors = _tensors(args, kwargs)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(_NO_BACKWARD.format(op=op._opname))
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            raise RuntimeError(_NO_FORWARD_MODE.format(op=op._opname))
+
+def _refuse_derivatives(op: str, tensors: list[Tensor]) -> None:
+    reason = _why_no_derivative(op, tensors)
+    if reason:
+        raise RuntimeError(reason)
+
+
+def _autograd_kernel(op: OpOverload) -> Callable[..., object]:
+    """The op's autograd kernel: raises when a derivative would be due, else goes on below."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: object, **kwargs: object) -> object:
+        _refuse_derivatives(op._opname, _tensors(args, kwargs))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
-    return autograd_kernel
+    return kernel
+
+
+def _transform_kernel(op: OpOverload) -> Callable[..., object]:
+    """For an op without an autograd kernel: what it does inside of torch.func's transforms.
+
+    Its kernels for tensors see none of their derivatives there.
+    """
+    functorch = torch._C._functorch
+    front = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
+
+    def kernel(*args: object, **kwargs: object) -> object:
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() not in (functorch.TransformType.Grad, functorch.TransformType.Jvp):
+            with torch._C._ExcludeDispatchKeyGuard(front):
+                return op(*args, **kwargs)  # torch refuses it by name
+        _refuse_derivatives(op._opname, _tensors(args, kwargs))
+        level = interpreter.level()
+
+        def below(x: object) -> object:
+            return functorch._unwrap_for_grad(x, level) if isinstance(x, Tensor) else x
+
+        with interpreter.lower():
+            out = op(*map(below, args), **{name: below(x) for name, x in kwargs.items()})
+        return tuple(functorch._wrap_for_grad(x, level) for x in out)
+
+    return kernel
 
 
 def _register() -> torch.library.Library:
@@ -127,9 +166,14 @@ def _register() -> torch.library.Library:
     torch.library.register_fake("lminf::lambda_decode", _lambda_decode_fake, lib=library)
     torch.library.register_fake("lminf::clamped_rope", _clamped_rope_fake, lib=library)
     torch.library.register_fake("lminf::middle_topk", _middle_topk_fake, lib=library)
-    # The others are forward-only and called once per layer and token: they keep the direct way.
-    for op in (torch.ops.lminf.lambda_attn.default, torch.ops.lminf.clamped_rope.default):
-        library.impl(op._opname, _refuse_gradients(op), "Autograd", with_keyset=True)
+    ops = torch.ops.lminf
+    for op in (ops.lambda_attn.default, ops.clamped_rope.default, ops.middle_topk.default):
+        library.impl(op._opname, _autograd_kernel(op), "Autograd", with_keyset=True)
+    # Called once per layer and token, it keeps the direct way: csrc/torch/derivatives.h.
+    decode = ops.lambda_decode.default
+    library.impl(decode._opname, _transform_kernel(decode), "FuncTorchDynamicLayerFrontMode")
+    library.define("why_no_derivative(str op, Tensor[] tensors) -> str")
+    library.impl("why_no_derivative", _why_no_derivative, "CompositeExplicitAutograd")
     return library
 
 

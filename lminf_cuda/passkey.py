@@ -178,7 +178,11 @@ def retrieve(
     grid = [(length, depth) for length in lengths for depth in depths]
     for length, depth in tqdm(grid, desc=label, unit="cell", leave=False, disable=None):
         low, high = 10 ** (DIGITS - 1), 10**DIGITS
-        keys = [str(int(torch.randint(low, high, (), generator=generator))) for _ in range(trials)]
+        numbers = (
+            int(torch.randint(low, high, (), generator=generator, device="cpu"))
+            for _ in range(trials)
+        )
+        keys = [str(number) for number in numbers]
         rows = [prompts.prompt(length, depth, key) for key in keys]
         ids = torch.tensor(rows, device=model.device)
         answers = write_on(model, ids, prompts.answer_tokens(), chunk)

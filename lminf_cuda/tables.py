@@ -166,7 +166,9 @@ def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) 
     target: dict[str, Any] = dict(device_capability=capability, multiprocessors=multiprocessors)
     options: dict[str, Any] = dict(max_distance=shape.max_distance)
     if shape.rope:
-        options["inv_freq"] = torch.ones(shape.head_dim // 2, device=shape.device)
+        options["inv_freq"] = torch.ones(
+            shape.head_dim // 2, dtype=torch.float32, device=shape.device
+        )
     keys = shape.tensor(shape.kv_heads, shape.length)
     ring = shape.tensor(shape.kv_heads, shape.window)
     few = shape.tensor(shape.kv_heads, shape.n_global)

@@ -169,12 +169,12 @@ import torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tiny_models import tiny_model
 from lminf_cuda import LambdaCache, patch_model
-stranger = patch_model(tiny_model("llama4_text"), n_global=3, window=12)
+stranger = patch_model(tiny_model("llama4_text"), n_global=3, window=13)
 model, cache, ids = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 try:
     stranger(ids[:, 30:], past_key_values=cache)
 except ValueError as error:
-    assert "another patched model" in str(error)
+    assert "made for another model" in str(error)
     with torch.no_grad():
         logits = model(ids[:, 30:], past_key_values=cache).logits
     torch.save(logits, {str(tmp_path / "logits.pt")!r})
@@ -209,7 +209,7 @@ def test_two_patched_models_do_not_meet(name: str) -> None:
     other = second(ids).logits
     assert not torch.allclose(alone, other, atol=1e-3)
     assert torch.equal(first(ids).logits, alone)
-    with pytest.raises(ValueError, match="another patched model"):
+    with pytest.raises(ValueError, match="window is 20 in it and 5 in the model"):
         first(ids[:, :1], past_key_values=second(ids, use_cache=True).past_key_values)
     unpatch_model(first)
     assert torch.equal(second(ids).logits, other)

@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {}),
     "gemma": ("gemma", {"head_dim": 16}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
-    "bloom_6_heads": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_size": 48}),
+    "bloom_6_heads": ("bloom", {"n_layer": 2, "num_attention_heads": 6, "hidden_size": 48}),
     "codegen": ("codegen", {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4}),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {"sliding_window": 8, "layer_types": _ALTERNATING}),
@@ -168,7 +168,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_sliding": ("mistral", {"sliding_window": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None}),
     "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": TRAINED}),
-    "mpt_6_heads": ("mpt", {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": TRAINED}),
+    "mpt_6_heads": (
+        "mpt",
+        {"hidden_size": 48, "num_attention_heads": 6, "n_layers": 2, "max_seq_len": TRAINED},
+    ),
     "olmo": ("olmo", {"clip_qkv": 2.0}),
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {"sliding_window": None}),
@@ -228,7 +231,7 @@ def randomize(model: Any, attention_gain: float = 2.0) -> Any:
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Random ids [batch, length], none of them the padding's."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, VOCAB, (batch, length), generator=generator)
+    return torch.randint(2, VOCAB, (batch, length), generator=generator, device="cpu")
 
 
 @contextmanager

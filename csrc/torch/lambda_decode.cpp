@@ -1,5 +1,6 @@
 #include "backend.h"
 #include "convert.h"
+#include "derivatives.h"
 #include "ops.h"
 
 namespace lminf::binding {
@@ -25,6 +26,10 @@ std::tuple<Tensor, Tensor> lambda_decode(
     bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
     const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
     const std::optional<Tensor>& distance_bias) {
+  if (aoti_torch_grad_mode_is_enabled()) {
+    refuse_derivatives(kOp, {q, k, v, ring_k, ring_v, global_k, global_v},
+                       {&inv_freq, &alibi_slopes, &sink_logits, &distance_bias});
+  }
   check_rank(kOp, "q", q, 4, "[B, Hq, 1, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, 1, D]");
   check_rank(kOp, "ring_k", ring_k, 4, "[B, Hkv, C, D]");

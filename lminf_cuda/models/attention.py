@@ -52,7 +52,7 @@ def _attend(
             f"attention implementation {ATTENTION_NAME!r} works in a patched model only; load the "
             "model with another attn_implementation and call lminf_cuda.patch_model(model)"
         )
-    if query.requires_grad:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise RuntimeError(
             "a patched model has no backward yet: run it under torch.no_grad() or "
             "torch.inference_mode()"

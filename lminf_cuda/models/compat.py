@@ -172,11 +172,16 @@ def set_attention_name(config: Any, name: str | None) -> None:
 # The attribute of a module with accelerate's hooks that holds the forward in them.
 WRAPPED_FORWARD = "_old_forward"
 
-# What a model with other layers than attention keeps of them. Old versions have no such classes.
-LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", object)
-DummyLayer: Any = getattr(cache_utils, "DummyLayer", object)
+
+class _Unknown:
+    """Stands for a class that an old version does not have."""
+
+
+# What a model with other layers than attention keeps of them.
+LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", _Unknown)
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", _Unknown)
 
 
 def recurrent_layers_are_known() -> bool:
     """Whether the installed transformers has cache layers for what is not attention."""
-    return LinearAttentionLayer is not object and DummyLayer is not object
+    return _Unknown not in (LinearAttentionLayer, DummyLayer)

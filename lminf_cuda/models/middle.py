@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .settings import LayerSettings
+from .writable import Writable, writable
 
 __all__ = ["MiddleStore", "add_middle_tokens", "check_device"]
 
@@ -83,7 +84,7 @@ def add_middle_tokens(
     return merged.to(q.device)
 
 
-class MiddleStore:
+class MiddleStore(Writable):
     """All keys and values of one layer, un-rotated, in memory that doubles when it is full.
 
     Args:
@@ -98,8 +99,7 @@ class MiddleStore:
 
     def _empty(self, like: Tensor, slots: int) -> Tensor:
         batch, heads, _, dim = like.shape
-        # Tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        with writable():
             return like.new_empty((batch, heads, slots, dim), device=self.device)
 
     def append(self, k: Tensor, v: Tensor, first: Tensor, seen: int) -> None:
@@ -129,4 +129,5 @@ class MiddleStore:
     def select_rows(self, indices: Tensor) -> None:
         """Keeps the rows `indices` int64 [rows]."""
         indices = indices.to(self.device)
-        self.k, self.v = self.k.index_select(0, indices), self.v.index_select(0, indices)
+        with writable():
+            self.k, self.v = self.k.index_select(0, indices), self.v.index_select(0, indices)

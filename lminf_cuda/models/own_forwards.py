@@ -182,7 +182,7 @@ def t5_forward(
 def _t5_biases(module: Any, max_distance: int, device: torch.device) -> Tensor:
     """float32 [Hq, max_distance + 1]: what the layer adds for each distance from 0 on."""
     if not module.has_relative_attention_bias:
-        return torch.zeros(module.n_heads, max_distance + 1, device=device)
+        return torch.zeros(module.n_heads, max_distance + 1, dtype=torch.float32, device=device)
     # The last of so many tokens, whose distances fall to 0.
     bias = module.compute_bias(1, max_distance + 1, device, past_seen_tokens=max_distance)
     return bias[0, :, 0].flip(-1).float().contiguous()
@@ -190,7 +190,8 @@ def _t5_biases(module: Any, max_distance: int, device: torch.device) -> Tensor:
 
 def _powers(heads: int, largest: int) -> Tensor:
     """2 ** (-largest * i / heads) for i = 1 .. heads, float32."""
-    return (2.0 ** (-largest * torch.arange(1, heads + 1, dtype=torch.float64) / heads)).float()
+    exponents = torch.arange(1, heads + 1, dtype=torch.float64, device="cpu")
+    return (2.0 ** (-largest * exponents / heads)).float()
 
 
 def bloom_slopes(module: Any) -> Tensor:
@@ -218,5 +219,6 @@ def mpt_slopes(module: Any) -> Tensor:
 def gptj_rope(module: Any) -> Rope:
     """The rotation that GPT-J and CodeGen look up in a table of sines."""
     dim = module.rotary_dim or module.embed_dim
-    inv_freq = 1.0 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
+    inv_freq = 1.0 / 10000.0**exponents
     return Rope(inv_freq, interleaved=True)

@@ -43,7 +43,7 @@ from .generation import OVERRIDES, lambda_cache, new_cache
 from .positions import locate_tokens, padding_mask, refuse_inputs
 from .resolve import add_middle, resolve_layers, resolve_lengths, resolve_middle
 from .rope import IdentityRotary, is_rotary
-from .settings import SETTINGS_ATTRIBUTE, LambdaSettings
+from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, model_shape
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "Family", "patch_model", "unpatch_model"]
 
@@ -330,8 +330,10 @@ def patch_model(
             cross_attends=family.cross_attends,
             cross_layers=list(family.cross_attention_modules(decoder)),
             reads_once=family.reads_once,
+            shape=model_shape(decoder.config),
         )
         add_middle(settings)
+        settings.seal()
         _Patch(model, decoder, family, settings)
         return model
     asked, is_now = LambdaSettings(*lengths, [], *middle), patch.settings

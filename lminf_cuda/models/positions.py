@@ -79,8 +79,8 @@ def causal_padding_mask(
     """
     if not allow_is_causal_skip:  # so that something else than causality may be in it
         rows = torch.arange(batch_size, device=device)[:, None]
-        queries = torch.arange(q_offset, min(q_offset + q_length, kv_offset + kv_length - 1))
-        queries = queries.to(rows.device)[None]
+        end = min(q_offset + q_length, kv_offset + kv_length - 1)
+        queries = torch.arange(q_offset, end, device=rows.device)[None]
         seen = mask_function(rows, torch.zeros_like(rows), queries, queries + 1 - kv_offset)
         sees_ahead = torch.as_tensor(seen).any()
         if torch.compiler.is_compiling():

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .writable import writable
+
 __all__ = [
     "IdentityRotary",
     "Rope",
@@ -72,9 +74,9 @@ def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
     """
     layer_types = () if layer_type is None else (layer_type,)
     probe = copy.deepcopy(rotary)  # some rewrite their frequencies
-    with torch.inference_mode(False), torch.no_grad():
+    with writable(), torch.no_grad():
         device = next(probe.buffers()).device
-        x = torch.zeros(1, 1, 1, device=device)
+        x = torch.zeros(1, 1, 1, dtype=torch.float32, device=device)
         positions = torch.zeros(1, 1, dtype=torch.int64, device=device)
         parameters = getattr(getattr(rotary, "config", None), "rope_parameters", None) or {}
         if "mrope_section" in parameters:  # one for each of three dims
@@ -118,7 +120,7 @@ def snapshot_rope(
     inv_freq = getattr(rotary, f"{prefix}original_inv_freq", None)
     if inv_freq is None:
         inv_freq = getattr(rotary, f"{prefix}inv_freq")
-    with torch.inference_mode(False):
+    with writable():
         kept = inv_freq.detach().to(torch.float32, copy=True)
     return Rope(kept, _identity(rotary, layer_type)[1], interleaved, rotates_last)
 
@@ -206,7 +208,9 @@ def keeps_rotation(attention: nn.Module) -> bool:
 def _only_rotates(rotate: Callable[..., Any], n_tensors: int, cos_sin: Any) -> bool:
     """Whether `rotate` gives its tensors back, where cos is 1 and sin 0 for each dim or pair."""
     for dims_an_entry in (1, 2):
-        x = torch.linspace(-1, 1, dims_an_entry * cos_sin[0].shape[-1]).view(1, 1, 1, -1)
+        cos = cos_sin[0]  # float32, on the CPU
+        x = torch.linspace(-1, 1, dims_an_entry * cos.shape[-1], dtype=cos.dtype, device=cos.device)
+        x = x.view(1, 1, 1, -1)
         try:
             out = rotate(*[x] * n_tensors, *cos_sin)
         except RuntimeError:  # other dims

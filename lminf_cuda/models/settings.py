@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable
+import hashlib
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +14,48 @@ from torch import Tensor
 
 from .rope import Rope
 
-__all__ = ["SETTINGS_ATTRIBUTE", "LambdaSettings", "LayerSettings"]
+__all__ = ["SETTINGS_ATTRIBUTE", "LambdaSettings", "LayerSettings", "model_shape"]
 
 # The attribute of a patched module that holds its LambdaSettings.
 SETTINGS_ATTRIBUTE = "_lminf_settings"
+
+# What configs call the sizes on which a cache's tensors depend.
+_SHAPE_NAMES = (
+    *("model_type", "hidden_size", "d_model", "num_attention_heads", "num_heads", "n_heads"),
+    *("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "multi_query"),
+    *("head_dim", "global_head_dim", "d_kv", "qk_head_dim", "qk_nope_head_dim"),
+    *("qk_rope_head_dim", "v_head_dim"),
+)
+# Frequencies that two machines compute from the same config differ by less.
+_ROUNDING = 2e-6
+_SHOWN = 3  # differences in one message
+
+
+def model_shape(config: Any) -> dict[str, Any]:
+    """A decoder's sizes, as far as its config tells."""
+    sizes = {name: getattr(config, name, None) for name in _SHAPE_NAMES}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A fact as numbers and text, the same in every process."""
+    if isinstance(value, Tensor):
+        return value.double().flatten().tolist()
+    if isinstance(value, partial):
+        return f"{_plain(value.func)}({value.args}, {value.keywords})"
+    return getattr(value, "__qualname__", value) if callable(value) else value
+
+
+def _difference(a: Any, b: Any) -> tuple[str, Any, Any] | None:
+    """Where two facts differ: an index as text, and both; None if they are the same."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            if _difference(x, y):
+                return f"[{index}]", x, y
+        return None
+    if isinstance(a, float) and isinstance(b, float):
+        return None if math.isclose(a, b, rel_tol=_ROUNDING) else ("", a, b)
+    return None if a == b else ("", a, b)
 
 
 @dataclass(eq=False)
@@ -60,6 +100,18 @@ class LayerSettings:
             self._options[device] = options
         return options
 
+    def facts(self) -> dict[str, Any]:
+        """All of it that what is kept of the layer's keys depends on."""
+        names = ("n_global", "window", "max_distance", "keys_of", "middle_top_k", "middle_distance")
+        facts = {name: getattr(self, name) for name in names}
+        facts |= {"slopes": _plain(self.slopes), "query_scale": _plain(self.query_scale)}
+        if self.rope is not None:
+            facts["inv_freq"] = _plain(self.rope.inv_freq)
+            facts["rope_scaling"] = self.rope.scaling
+            facts["rope_interleaved"] = self.rope.interleaved
+            facts["rope_rotates_last"] = self.rope.rotates_last
+        return facts
+
     def arrange(self, x: Tensor) -> Tensor:
         """Queries or keys x [B, H, S, D] with the dims that rotate first, as the op wants them."""
         if self.rope is None or not self.rope.rotates_last:
@@ -82,8 +134,8 @@ class LambdaSettings:
         cross_layers: those that attend to an image instead of the text, whose keys stay as they
             are.
         reads_once: the model takes several new tokens only while the cache is empty.
-        patch_id: tells the caches of one patched model from those of another, in any process. A
-            deep copy of the model or of a cache keeps it.
+        shape: sizes of the model, by their names.
+        fingerprint: the same for settings that are the same, in any process.
     """
 
     n_global: int
@@ -97,7 +149,51 @@ class LambdaSettings:
     cross_attends: bool = False
     cross_layers: list[int] = field(default_factory=list)
     reads_once: bool = False
-    patch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    shape: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def seal(self) -> None:
+        """Takes the fingerprint, once all is set."""
+        self.fingerprint = hashlib.sha256(repr(self._facts()).encode()).hexdigest()
+
+    def _facts(self) -> dict[str, Any]:
+        """All that a cache depends on, by name."""
+        names = ("n_global", "window", "max_distance", "recurrent_states", "cross_attends")
+        facts = {name: getattr(self, name) for name in (*names, "cross_layers", "reads_once")}
+        facts |= self.shape | {"number of layers": len(self.layers)}
+        for index, layer in enumerate(self.layers):
+            own = {"attention": layer is not None} | ({} if layer is None else layer.facts())
+            facts |= {f"{name} of layer {index}": value for name, value in own.items()}
+        return facts
+
+    def differences(self, other: LambdaSettings) -> Iterator[tuple[str, Any, Any]]:
+        """What differs between two settings: its name, and what it is in each."""
+        mine, theirs = self._facts(), other._facts()
+        for name in mine | theirs:
+            difference = _difference(mine.get(name), theirs.get(name))
+            if difference is not None:
+                index, a, b = difference
+                yield f"{name}{index}", a, b
+
+    def check_same(self, model: LambdaSettings) -> None:
+        """Whether a cache with these settings may be used by a model with those of `model`.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if model is self or model.fingerprint == self.fingerprint:
+            return
+        found = [
+            f"{name} is {a!r} in it and {b!r} in the model"
+            for name, a, b in self.differences(model)
+        ]
+        if not found:
+            return
+        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ValueError(
+            "past_key_values is a LambdaCache made for another model or for other settings: "
+            f"{', '.join(found[:_SHOWN])}{more}; make a new one by LambdaCache(model)"
+        )
 
     def __str__(self) -> str:
         text = f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"

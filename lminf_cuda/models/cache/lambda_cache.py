@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..settings import SETTINGS_ATTRIBUTE, LambdaSettings
+from ..writable import Writable, writable
 from .layers import LambdaCacheLayer, Progress, RecurrentLayer, new_layer
 
 __all__ = ["LambdaCache"]
@@ -24,7 +25,7 @@ __all__ = ["LambdaCache"]
 ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 
 
-class LambdaCache(Cache):
+class LambdaCache(Cache, Writable):
     """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
 
     Only for a model patched with `middle_top_k` it grows: the layers with middle tokens keep all
@@ -154,12 +155,7 @@ class LambdaCache(Cache):
                 or the model reads several tokens only at the beginning.
             RuntimeError: an earlier forward left a state from which the cache cannot go on.
         """
-        if settings.patch_id != self.settings.patch_id:
-            raise ValueError(
-                "past_key_values is a LambdaCache made for another patched model or for other "
-                f"settings ({self.settings}); this model has {settings}: make a new one by "
-                "LambdaCache(model)"
-            )
+        self.settings.check_same(settings)
         if self._unusable is not None:
             raise RuntimeError(self._unusable)
         if self._batch_size not in (None, batch_size):
@@ -183,7 +179,7 @@ class LambdaCache(Cache):
         """
         self.late_rows = late_rows
         if self.next_positions is None:
-            with torch.inference_mode(False):
+            with writable():
                 self.next_positions = torch.zeros_like(first)
             self._batch_size = first.shape[0]
         self._progress.in_forward = True
@@ -313,15 +309,16 @@ class LambdaCache(Cache):
         for layer in self.attention_layers():
             layer.select_rows(indices)
         for layer in self._recurrent_layers():
-            if layer.states():
-                RecurrentLayer.reorder_cache(layer, indices)
+            layer.select_states(indices)
         for layer in self._cross_layers():
             if layer.is_initialized:
                 layer.reorder_cache(indices)
         if self.late_rows is not None:
-            self.late_rows = self.late_rows[indices.to(self.late_rows.device)]
+            with writable():
+                self.late_rows = self.late_rows[indices.to(self.late_rows.device)]
         if self.next_positions is not None:
-            self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
+            with writable():
+                self.next_positions = self.next_positions[indices.to(self.next_positions.device)]
         if self._batch_size is not None:
             self._batch_size = indices.numel()
 

@@ -32,6 +32,7 @@ from ... import ops as _ops  # registers torch.ops.lminf  # noqa: F401
 from ..compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
 from ..middle import MiddleStore, add_middle_tokens
 from ..settings import LambdaSettings, LayerSettings
+from ..writable import Writable, writable
 
 __all__ = [
     "LambdaCacheLayer",
@@ -86,7 +87,16 @@ def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
     ring.view(-1, ring.shape[3]).index_copy_(0, _ring_rows(ring, positions), rows)
 
 
-class LambdaCacheLayer(CacheLayerMixin):
+def _check_dtype(kept: Tensor | None, new: Tensor) -> None:
+    if kept is not None and kept.dtype != new.dtype:
+        raise ValueError(
+            f"past_key_values is a LambdaCache that holds {kept.dtype}, and this forward gives it "
+            f"{new.dtype}; go on in the dtype (and autocast) that the cache began "
+            "in, or make a new one by LambdaCache(model)"
+        )
+
+
+class LambdaCacheLayer(CacheLayerMixin, Writable):
     """The buffers of one layer, allocated when the first keys come by.
 
     Attributes:
@@ -137,8 +147,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocates the buffers for keys like `key_states` [B, Hkv, any, D]."""
         values = key_states if value_states is None else value_states
-        # Tensors made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
+        with writable():
             for name, like in (("k", key_states), ("v", values)):
                 batch, heads, _, dim = like.shape
                 ring = like.new_empty((batch, heads, self.capacity, dim))
@@ -187,6 +196,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        _check_dtype(self.ring_k, k)
         out, lse = torch.ops.lminf.lambda_decode.default(
             q,
             k,
@@ -256,6 +266,7 @@ class LambdaCacheLayer(CacheLayerMixin):
             return out
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        _check_dtype(self.ring_k, k)
         self._store_globals(k, v, first)
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)
@@ -325,7 +336,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         for name in ("ring_k", "ring_v"):
             ring = getattr(self, name)
             batch, heads, _, dim = ring.shape
-            with torch.inference_mode(False):
+            with writable():
                 larger = ring.new_empty((batch, heads, self.settings.window + slack, dim))
             _put(larger, positions, _pick(ring, positions))
             setattr(self, name, larger)
@@ -353,7 +364,8 @@ class LambdaCacheLayer(CacheLayerMixin):
             return
         for name in ("ring_k", "ring_v", "global_k", "global_v"):
             buffer = getattr(self, name)
-            rows = buffer.index_select(0, indices.to(buffer.device))
+            with writable():
+                rows = buffer.index_select(0, indices.to(buffer.device))
             if rows.shape == buffer.shape:
                 buffer.copy_(rows)
             else:
@@ -362,13 +374,24 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.middle.select_rows(indices)
 
 
-class RecurrentLayer(LinearAttentionLayer):
+class RecurrentLayer(LinearAttentionLayer, Writable):
     """transformers' own states of a layer that is not attention, or not attention alone."""
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Allocates the states as transformers does, writable outside of inference mode, too."""
-        with torch.inference_mode(False):
+        """Allocates the states as transformers does."""
+        with writable():
             super().lazy_initialization(*args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Any:
+        """Appends new states, which have the dtype of those before."""
+        _check_dtype(self.conv_states[state_idx], conv_states)
+        return super().update_conv_state(conv_states, state_idx, **kwargs)
+
+    def select_states(self, indices: Tensor) -> None:
+        """Keeps the states of the rows `indices`, int64 [rows]."""
+        if self.states():
+            with writable():
+                self.reorder_cache(indices)
 
     def states(self) -> list[Tensor]:
         """The tensors that the layer keeps; none before its first use."""
