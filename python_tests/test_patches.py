@@ -455,12 +455,19 @@ def test_a_model_without_values_is_refused(name: str) -> None:
     assert not any("_lminf" in key for module in model.modules() for key in vars(module))
 
 
-def test_offloaded_frequencies_are_refused() -> None:
-    """test_model_wrappers.py has models of which accelerate offloads the parameters alone."""
+def test_weights_and_buffers_that_accelerate_offloads_are_taken() -> None:
+    """Of test_model_wrappers.py's models it offloads the weights alone."""
     accelerate = pytest.importorskip("accelerate")
-    model = tiny_model("llama")
+    model, plain = tiny_model("llama"), tiny_model("llama")
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
-    with pytest.raises(ValueError, match=r"model\.rotary_emb\.inv_freq.*offload_buffers=False"):
+    assert model.lm_head.weight.is_meta
+    ids = tokens(1, 40)
+    expected = patch_model(plain, window=WINDOW)(ids).logits
+    assert torch.equal(patch_model(model, window=WINDOW)(ids).logits, expected)
+
+    rotary = unpatch_model(model).model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.to("meta")
+    with pytest.raises(ValueError, match=r"on the meta device \(model\.rotary_emb\.inv_freq\)"):
         patch_model(model)
 
 

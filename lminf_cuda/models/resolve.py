@@ -50,8 +50,7 @@ def refuse_meta(model: nn.Module) -> None:
         more = f" and {len(meta) - 1} more" if len(meta) > 1 else ""
         raise ValueError(
             f"this {type(model).__name__} is on the meta device ({meta[0]}{more}), where tensors "
-            "have no values; load the weights first, as from_pretrained does, and patch it then "
-            "(where accelerate offloads it: with offload_buffers=False)"
+            "have no values; load the weights first, as from_pretrained does, and patch it then"
         )
 
 
