@@ -58,8 +58,8 @@ from lminf_cuda.models.rope import training_length
 from lminf_cuda.tables import (
     PlanShape,
     console,
+    plans_table,
     print_bench,
-    print_plans,
     report,
     report_passkeys,
 )
@@ -447,12 +447,13 @@ def info(
         )  # fmt: skip
         with blamed("--plan"):
             try:
-                print_plans(shape, capability, multiprocessors)
+                plans = plans_table(shape, capability, multiprocessors)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
                     f"no plan for this shape ({reason}); take a smaller one"
                 ) from error
+        console().print(plans)
         return
     table = Table(show_header=False)
     table.add_column("fact")

@@ -18,7 +18,7 @@ PATIENCE = 10.0  # seconds of silence
 @contextmanager
 def progress(total: int, label: str, unit: str) -> Iterator[Any]:
     """A tqdm over `total` units: a bar on a terminal, elsewhere a line every PATIENCE seconds."""
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    on_terminal = _on_terminal()
     bar = tqdm(
         total=total,
         desc=label,
@@ -42,9 +42,14 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def _say(line: str) -> None:
+    write = tqdm.write if _on_terminal() else print  # the first spares the bars that are drawn
     with suppress(OSError, AttributeError):  # stderr is full or closed
-        tqdm.write(line, file=sys.stderr)
+        write(line, file=sys.stderr)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def _plan_value(x: str | int) -> str:
     return x if isinstance(x, str) else f"{x:,}"
 
 
-def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) -> None:
+def plans_table(shape: PlanShape, capability: int | None, multiprocessors: int) -> Table:
     """The table of `lminf info --plan`: the prefill and a decoding step of one shape."""
     target: dict[str, Any] = dict(device_capability=capability, multiprocessors=multiprocessors)
     options: dict[str, Any] = dict(max_distance=shape.max_distance)
@@ -217,4 +217,4 @@ def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) 
     for op, plan in plans.items():
         values = (getattr(plan, name) for name in facts)
         table.add_row(op, *(_plan_value(x) for x in values))
-    console().print(table)
+    return table

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .compat import HOOKS
 from .family import Family, layer_type
 from .rope import is_rotary, training_length
 from .settings import LambdaSettings, LayerSettings
@@ -56,7 +57,7 @@ def refuse_meta(model: nn.Module) -> None:
 
 def _tensors(module: nn.Module, path: str = "", hooked: bool = False) -> Iterator[tuple[str, Any]]:
     """The tensors whose values a patch counts on, with their names."""
-    hooked = hooked or hasattr(module, "_hf_hook")  # accelerate's, of the module or one around it
+    hooked = hooked or hasattr(module, HOOKS)
     if not hooked or is_rotary(module):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
