@@ -224,14 +224,15 @@ def attention_rows(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
-    with torch.inference_mode(), waiting("the first call of each peer, compilation included"):
+    with waiting("the first call of each peer, compilation included"):
         functions = _contenders(shape, dtype, device, peers)
-        expected = functions[OURS]()
-        difference = {
-            name: float((functions[name]().float() - expected.float()).abs().max())
-            for name in (FLEX, SDPA_MASK)
-            if name in functions
-        }
+        with torch.inference_mode():
+            expected = functions[OURS]()
+            difference = {
+                name: float((functions[name]().float() - expected.float()).abs().max())
+                for name in (FLEX, SDPA_MASK)
+                if name in functions
+            }
     n_calls = (rounds + 1) * len(functions)
     with torch.inference_mode(), progress(n_calls, "timing", "call") as bar:
         medians = interleaved_medians(functions, rounds, device, bar.update)

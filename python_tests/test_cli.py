@@ -354,7 +354,7 @@ def test_a_full_folder_is_named_and_the_results_are_shown(
 
 
 @needs_dev_full
-@pytest.mark.parametrize("end", ["> /dev/full", "| head -c 1"])
+@pytest.mark.parametrize("end", ["> /dev/full", "| head -c 1 > /dev/null"])
 def test_the_process_ends_without_a_traceback(folder, end):
     """What the interpreter still has in its buffer when it ends is not tried again."""
     command = f"{sys.executable} -m lminf_cuda {' '.join(WRITES['generate'])} {end}"
@@ -366,7 +366,7 @@ def test_the_process_ends_without_a_traceback(folder, end):
     assert ran.returncode == 1, ran.stderr
     lines = [line for line in ran.stderr.splitlines() if not line.startswith("[transformers]")]
     expected = ["lminf: the output cannot be written: No space left on device"]
-    assert lines == (expected if "full" in end else [])
+    assert lines == (expected if end == "> /dev/full" else [])
 
 
 def test_characters_that_stdout_does_not_have(monkeypatch):
@@ -396,7 +396,6 @@ def generate_from(model, folder) -> str:
 
 def test_a_missing_tokenizer_is_told_with_the_way_out(folder, saved):
     (saved / "tokenizer.json").unlink()
-    (saved / "tokenizer_config.json").unlink(missing_ok=True)
     output = generate_from(saved, folder)
     assert "pip install sentencepiece tiktoken protobuf" in output
     if "Couldn't instantiate the backend tokenizer" in output:
