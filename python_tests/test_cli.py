@@ -322,13 +322,15 @@ def test_a_full_disk_behind_stdout_is_told_in_a_line(folder, monkeypatch, capsys
     assert told == "lminf: the output cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("name", ["info", "generate", "chat"])
+@pytest.mark.parametrize("name", ["info", "generate", "chat", "end"])
 def test_a_reader_that_has_gone_ends_it_quietly(folder, monkeypatch, capsys, name):
     monkeypatch.chdir(folder)
     reader, writer = os.pipe()
     os.close(reader)
     gone = os.fdopen(writer, "w")
-    assert run_main(monkeypatch, WRITES[name], gone) == 1
+    if name == "end":  # what is written when the command is done
+        monkeypatch.setattr(cli, "app", lambda: print("x"))
+    assert run_main(monkeypatch, WRITES.get(name, []), gone) == 1
     with contextlib.suppress(BrokenPipeError):
         gone.close()
     assert capsys.readouterr().err == ""
@@ -359,6 +361,7 @@ def test_the_process_ends_without_a_traceback(folder, end):
     """What the interpreter still has in its buffer when it ends is not tried again."""
     command = f"{sys.executable} -m lminf_cuda {' '.join(WRITES['generate'])} {end}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("PYTHONUNBUFFERED", None)
     ran = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
         cwd=folder, env=environment, capture_output=True, text=True, check=False,
