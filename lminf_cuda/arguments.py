@@ -7,10 +7,12 @@ argument, or raises a ValueError for `blamed` to turn into one.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lminf_cuda.bench import cpu_flags
 from lminf_cuda.models.patch import patch_model, unpatch_model
+from lminf_cuda.progress import waiting
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
+LONGEST_LINE = 400  # characters of a line of another library's error
 
 
 class Dtype(str, Enum):
@@ -50,7 +54,10 @@ class Device(str, Enum):
 
 ModelArgument = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A local folder or a hub name; default: the shipped one."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a .gguf file or a hub name; default: the shipped one.",
+    ),
 ]
 NGlobalOption = Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")]
 WindowOption = Annotated[
@@ -97,6 +104,22 @@ def check_device(device: Device) -> None:
         )
 
 
+class CannotWriteError(Exception):
+    """Results that do not go into their folder; says why, and the way out."""
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn an error about writing results into a CannotWriteError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(
+            f"the results cannot be written to {out}: {error.strerror or error}; make room there, "
+            "or give another --out"
+        ) from error
+
+
 def make_folder(out: Path) -> None:
     """Usage error when the results could not be written there, before they are worked out."""
     with blamed("--out"):
@@ -121,31 +144,68 @@ class Loaded:
     name: str
 
 
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained is to be called with for MODEL: a folder or a hub name, and keywords."""
+    path = Path(name)
+    if path.is_dir():
+        return name, {}
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ValueError(
+                f"{name} is a file; give the folder with the saved model that it belongs to "
+                "(of files only a .gguf is read)"
+            )
+        if find_spec("gguf") is None:
+            raise ValueError(f"{name} is read by the gguf package: pip install gguf")
+        return str(path.parent), {"gguf_file": path.name}
+    if not _is_hub_name(name) or path.suffix.lower() == ".gguf":
+        raise ValueError(
+            f"no such folder: {name}; give a folder with a saved model or a hub name, or a .gguf "
+            "file that is there"
+        )
+    return name, {}
+
+
+def _reason(error: Exception, is_gguf: bool) -> str:
+    """All that an error of from_pretrained says, but for its lists of hundreds of classes."""
+    lines = [
+        line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ..."
+        for line in str(error).strip().splitlines()
+    ]
+    if not isinstance(error, (OSError, ValueError, ImportError)):
+        lines.insert(0, f"{type(error).__name__}:")
+    packages = ("sentencepiece", "tiktoken", "protobuf")
+    if not is_gguf and any(package in str(error) for package in packages):
+        lines.append(
+            "That is: the tokenizer's file is missing (tokenizer.json), or it is an older one that "
+            "needs more packages: pip install sentencepiece tiktoken protobuf"
+        )
+    return "\n".join(lines)
+
+
 def load(name: str | None, dtype: Dtype, device: Device) -> Loaded:
     """The model, in eval mode on the device, and its tokenizer; usage errors name MODEL."""
     check_device(device)
-    source = str(DEMO_MODEL) if name is None else name
-    if not Path(source).is_dir() and (name is None or not _is_hub_name(source)):
-        raise typer.BadParameter(
-            f"no such folder: {source}; give a folder with a saved model or a hub name",
-            param_hint="MODEL",
-        )
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # going past the training length is the point
+    with blamed("MODEL"):
+        source, options = _locate(str(DEMO_MODEL) if name is None else name)
+    if name is None or sys.stderr is None or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    title = "the shipped model" if name is None else Path(name).name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=pick_dtype(dtype, device), attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        with waiting(f"loading {title}"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=pick_dtype(dtype, device), attn_implementation="sdpa", **options
+            )
+            model = model.eval().to(device.value)
+    except Exception as error:  # of many kinds: those of every file format and of every library
         raise typer.BadParameter(
-            f"{source} does not load: {first_line} Give a folder or hub name of a causal language "
-            "model with its tokenizer",
+            f"{source if name is None else name} does not load: {_reason(error, bool(options))}\n"
+            "Give a folder or hub name of a causal language model with its tokenizer",
             param_hint="MODEL",
         ) from error
-    name = "the shipped model" if name is None else Path(source).name
-    return Loaded(model.eval().to(device.value), tokenizer, name)
+    transformers.utils.logging.set_verbosity_error()  # going past the training length is the point
+    return Loaded(model, tokenizer, title)
 
 
 def check_patch(model: Any, n_global: int, window: int | None, max_distance: int | None) -> None:

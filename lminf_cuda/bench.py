@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lminf_cuda import ops
 from lminf_cuda.functional import lambda_attention
+from lminf_cuda.progress import progress, waiting
 
 OURS, OURS_ROTATED = "lambda_attn", "lambda_attn, rotation inside"
 FLEX, SDPA_MASK, SDPA_CAUSAL = "flex, same mask", "sdpa, same mask", "sdpa, causal"
@@ -80,9 +81,15 @@ def visible_pairs(length: int, window: int, n_global: int) -> int:
 
 
 def interleaved_medians(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    after_each: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that a busy moment hits all alike."""
+    """Median seconds of each function; they take turns, so that a busy moment hits all alike.
+
+    `after_each` is called, outside of the clock, after every call of one of them.
+    """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for round_index in range(rounds + 1):
         for name, function in functions.items():
@@ -94,6 +101,7 @@ def interleaved_medians(
                 torch.cuda.synchronize(device)
             if round_index:  # the first round warms up
                 samples[name].append(time.perf_counter() - began)
+            after_each()
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
@@ -217,15 +225,18 @@ def attention_rows(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}")
-    functions = _contenders(shape, dtype, device, peers)
-    with torch.inference_mode():
-        expected = functions[OURS]()
-        difference = {
-            name: float((functions[name]().float() - expected.float()).abs().max())
-            for name in (FLEX, SDPA_MASK)
-            if name in functions
-        }
-        medians = interleaved_medians(functions, rounds, device)
+    with waiting("the first call of each peer, compilation included"):
+        functions = _contenders(shape, dtype, device, peers)
+        with torch.inference_mode():
+            expected = functions[OURS]()
+            difference = {
+                name: float((functions[name]().float() - expected.float()).abs().max())
+                for name in (FLEX, SDPA_MASK)
+                if name in functions
+            }
+    n_calls = (rounds + 1) * len(functions)
+    with torch.inference_mode(), progress(n_calls, "timing", "call") as bar:
+        medians = interleaved_medians(functions, rounds, device, bar.update)
     rates = {name: _flops(name, shape) / seconds / 1e9 for name, seconds in medians.items()}
     return [
         BenchRow(

@@ -16,6 +16,7 @@ from transformers.generation import (
 from lminf_cuda.generate import TextStream, check_counts, check_sampling
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
+from lminf_cuda.progress import progress
 
 _ANSWER = "lminf answer"  # stands for an answer where only what follows it is wanted
 
@@ -111,8 +112,10 @@ class Chat:
     def _write(self, ids: Tensor) -> Iterator[int]:
         """Reads ids [1, n] and yields the answer's tokens, the one that ends it included."""
         logits: Tensor | None = None
-        for piece in ids.split(self.chunk, dim=1):
-            logits = self._step(piece)
+        with progress(ids.shape[1], "reading", "tok") as bar:
+            for piece in ids.split(self.chunk, dim=1):
+                logits = self._step(piece)
+                bar.update(piece.shape[1])
         for n in range(self.max_new_tokens):
             assert logits is not None
             scores = self.warpers(None, logits.float())

@@ -6,10 +6,13 @@ table in tables.py.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import transformers
@@ -23,6 +26,7 @@ from lminf_cuda import ops
 from lminf_cuda import passkey as retrieval
 from lminf_cuda.arguments import (
     DEMO_MODEL,
+    CannotWriteError,
     ChunkOption,
     Device,
     DeviceOption,
@@ -48,9 +52,17 @@ from lminf_cuda.arguments import (
 from lminf_cuda.chat import Chat
 from lminf_cuda.generate import check_sampling
 from lminf_cuda.generate import generate as generate_text
+from lminf_cuda.models import compat
 from lminf_cuda.models.patch import patch_model, unpatch_model
 from lminf_cuda.models.rope import training_length
-from lminf_cuda.tables import PlanShape, console, passkey_table, print_bench, print_plans, report
+from lminf_cuda.tables import (
+    PlanShape,
+    console,
+    plans_table,
+    print_bench,
+    report,
+    report_passkeys,
+)
 
 HELD_OUT = DEMO_MODEL / "held_out.txt"
 DEMO_PROMPT = 4096  # characters, and tokens of the shipped model
@@ -258,22 +270,14 @@ def passkey(
         chunk=chunk,
         seed=seed,
     )
-    from lminf_cuda.plots import plot_passkey  # matplotlib takes a second to import
-
     settings = patch | {
         "model": loaded.name,
         "trials": trials,
         "seed": seed,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
-    retrieval.write_results(results, settings, out)
     title = f"{loaded.name}: passkeys found, {trials} keys per field"
-    plot_passkey(results, title, out / "passkey.png")
-    screen = console()
-    for method, cells in results.items():
-        screen.print(passkey_table(method, cells))
-    screen.print(f"table: {out / 'passkey.csv'}", highlight=False, soft_wrap=True)
-    screen.print(f"plot:  {out / 'passkey.png'}", highlight=False, soft_wrap=True)
+    report_passkeys(results, settings, title, out)
 
 
 @app.command()
@@ -443,12 +447,13 @@ def info(
         )  # fmt: skip
         with blamed("--plan"):
             try:
-                print_plans(shape, capability, multiprocessors)
+                plans = plans_table(shape, capability, multiprocessors)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
                     f"no plan for this shape ({reason}); take a smaller one"
                 ) from error
+        console().print(plans)
         return
     table = Table(show_header=False)
     table.add_column("fact")
@@ -457,25 +462,53 @@ def info(
         table.add_row(fact, value)
     screen = console()
     screen.print(table)
+    note = compat.version_note()
+    if note is not None:
+        screen.print(f"warning: {note}", highlight=False, soft_wrap=True, style="yellow")
     if "cuda" not in ops.backends():
         screen.print(NO_CUDA_KERNELS, highlight=False, soft_wrap=True)
 
 
 def _facts() -> dict[str, str]:
+    oldest, newest = compat.TESTED
     return {
         "lminf_cuda": lminf_cuda.__version__,
         "kernels built for": ", ".join(ops.backends()),
         "CPU instruction set": ops.cpu_isa(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": f"{transformers.__version__} (tested: {oldest} to {newest})",
         "threads": str(torch.get_num_threads()),
         "shipped model": str(DEMO_MODEL),
     }
 
 
 def main() -> None:
-    """Entry point of the command."""
-    app()
+    """Entry point of the command: what cannot be written ends it with one line on stderr."""
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what fails when the interpreter ends is told by a traceback
+    except BrokenPipeError:  # the reader has seen enough, as in `lminf generate | head`
+        _fail(None)
+    except CannotWriteError as error:
+        _fail(str(error))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        _fail(f"{error.filename or 'the output cannot be written'}: {reason}")
+
+
+def _fail(message: str | None) -> NoReturn:
+    """Exit with 1, without another try to write what stdout still holds."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message is not None and sys.stderr is not None:
+        with suppress(OSError):
+            print(f"lminf: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
 from lminf_cuda.models.patch import patch_model, unpatch_model
+from lminf_cuda.progress import progress, waiting
 
 VANILLA, LM_INFINITE, CUT = "vanilla", "LM-Infinite", "cut"
 BASELINE_BATCH_TOKENS = 4096  # tokens of the cut baseline's windows in one forward
@@ -137,9 +137,10 @@ def read_text(path: Path) -> str:
 
 def tokenize(tokenizer: Any, text: str) -> Text:
     """Tokens of the text, special ones included, with byte offsets where the tokenizer has them."""
-    encoded = tokenizer(
-        text, return_offsets_mapping=getattr(tokenizer, "is_fast", False), verbose=False
-    )
+    with waiting(f"tokenizing {len(text):,} characters"):
+        encoded = tokenizer(
+            text, return_offsets_mapping=getattr(tokenizer, "is_fast", False), verbose=False
+        )
     tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64, device="cpu")
     offsets = encoded.get("offset_mapping")
     if offsets is None:
@@ -314,15 +315,13 @@ def stream(
             returns a reason to stop or None.
         label: name on the progress bar.
     """
-    _warm_up(model, tokens)
-    reset_peak_rss()
     trace = Trace(np.empty(0, np.float32), [], [], [])
     nats: list[np.ndarray] = []
     seconds, cache_bytes = 0.0, 0
     with_cache = cache_keyword(model, cache)
-    with tqdm(
-        total=bounds[-1][1], desc=label, unit="tok", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with progress(bounds[-1][1], label, "tok") as bar:
+        _warm_up(model, tokens)
+        reset_peak_rss()
         for start, end in bounds:
             trace.stopped = stop(end, seconds, cache_bytes)
             if trace.stopped:
@@ -374,17 +373,15 @@ def recompute(
         bos_token_id: when the text begins with this token, every window does.
         label: name on the progress bar.
     """
-    _warm_up(model, tokens)
-    reset_peak_rss()
     trace = Trace(np.empty(0, np.float32), [], [], [])
     nats: list[np.ndarray] = []
     seconds = 0.0
     windows = baseline_windows(len(tokens), train_length, stride)
     batch_size = max(1, BASELINE_BATCH_TOKENS // train_length)
     keep_bos = bos_token_id is not None and int(tokens[0]) == bos_token_id
-    with tqdm(
-        total=len(tokens) - 1, desc=label, unit="tok", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with progress(len(tokens) - 1, label, "tok") as bar:
+        _warm_up(model, tokens)
+        reset_peak_rss()
         for batch in _batches(windows, batch_size):
             began = time.perf_counter()
             inputs = torch.stack([tokens[start : end - 1] for start, _, end in batch])

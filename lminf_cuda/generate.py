@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import GENERATION_CACHE, cache_keyword
+from lminf_cuda.progress import progress, waiting
 
 UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
 LONGEST_CHARACTER = 4  # bytes of the longest UTF-8 character
@@ -67,9 +67,7 @@ def prefill(model: Any, input_ids: torch.Tensor, chunk: int, cache: LambdaCache)
     """Read all of input_ids [1, n] but its last token into the cache, `chunk` tokens at a time."""
     n = input_ids.shape[1] - 1
     with_cache = cache_keyword(model, cache)
-    with tqdm(
-        total=n, desc="prompt", unit="tok", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with progress(n, "prompt", "tok") as bar:
         for start in range(0, n, chunk):
             piece = input_ids[:, start : min(start + chunk, n)]
             model(input_ids=piece, use_cache=True, logits_to_keep=1, **with_cache)
@@ -125,7 +123,9 @@ def generate(
     """
     check_sampling(temperature, top_p)
     check_counts(max_new_tokens=max_new_tokens, chunk=chunk)
-    input_ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
+    with waiting(f"tokenizing {len(prompt):,} characters"):
+        input_ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids
+    input_ids = input_ids.to(model.device)
     if input_ids.shape[1] == 0:
         raise ValueError("prompt is empty; give some text to continue")
     if seed is not None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lminf_cuda.generate import prefill
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import GENERATION_CACHE
 from lminf_cuda.models.patch import patch_model, unpatch_model
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
+from lminf_cuda.progress import progress
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -176,19 +176,18 @@ def retrieve(
     generator = torch.Generator().manual_seed(seed)
     cells = []
     grid = [(length, depth) for length in lengths for depth in depths]
-    for length, depth in tqdm(grid, desc=label, unit="cell", leave=False, disable=None):
-        low, high = 10 ** (DIGITS - 1), 10**DIGITS
-        numbers = (
-            int(torch.randint(low, high, (), generator=generator, device="cpu"))
-            for _ in range(trials)
-        )
-        keys = [str(number) for number in numbers]
-        rows = [prompts.prompt(length, depth, key) for key in keys]
-        ids = torch.tensor(rows, device=model.device)
-        answers = write_on(model, ids, prompts.answer_tokens(), chunk)
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        found = sum(text.strip().startswith(key) for text, key in zip(texts, keys, strict=True))
-        cells.append(Cell(length, depth, trials, found))
+    low, high = 10 ** (DIGITS - 1), 10**DIGITS
+    with progress(trials * len(depths) * sum(lengths), label, "tok") as bar:
+        for length, depth in grid:
+            draws = torch.randint(low, high, (trials,), generator=generator, device="cpu")
+            keys = [str(key) for key in draws.tolist()]
+            rows = [prompts.prompt(length, depth, key) for key in keys]
+            ids = torch.tensor(rows, device=model.device)
+            answers = write_on(model, ids, prompts.answer_tokens(), chunk)
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+            found = sum(text.strip().startswith(key) for text, key in zip(texts, keys, strict=True))
+            cells.append(Cell(length, depth, trials, found))
+            bar.update(trials * length)
     return cells
 
 

@@ -13,9 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lminf_cuda.arguments import writing
 from lminf_cuda.bench import BenchRow, Shape
 from lminf_cuda.evaluate import CUT, LM_INFINITE, VANILLA, Evaluation, Row, mebibytes, write_results
 from lminf_cuda.passkey import Cell
+from lminf_cuda.passkey import write_results as write_passkeys
 from lminf_cuda.plan import KernelPlan, decode_plan, kernel_plan
 
 TABLE_WIDTH = 118  # columns where the output is not a terminal
@@ -80,19 +82,43 @@ def evaluation_table(result: Evaluation) -> Table:
 
 
 def report(result: Evaluation, out: Path) -> None:
-    """Write CSV, JSON and PNG to the folder and print the table and where they are."""
+    """Write CSV, JSON and PNG to the folder and print the table and where they are.
+
+    Whatever becomes of the one, the other is tried: the results are not worked out a second time.
+    """
     from lminf_cuda.plots import plot_evaluation  # matplotlib takes a second to import
 
-    write_results(result, out)
-    plot_evaluation(result, out / "evaluation.png")
     screen = console()
-    screen.print(evaluation_table(result))
-    peaks = ", ".join(
-        f"{name} {mebibytes(trace.peak_rss_bytes)}" for name, trace in result.traces.items()
-    )
-    screen.print(f"peak resident memory of the process during: {peaks}", highlight=False)
+    try:
+        with writing(out):
+            write_results(result, out)
+            plot_evaluation(result, out / "evaluation.png")
+    finally:
+        screen.print(evaluation_table(result))
+        peaks = ", ".join(
+            f"{name} {mebibytes(trace.peak_rss_bytes)}" for name, trace in result.traces.items()
+        )
+        screen.print(f"peak resident memory of the process during: {peaks}", highlight=False)
     screen.print(f"table: {out / 'evaluation.csv'}", highlight=False, soft_wrap=True)
     screen.print(f"plot:  {out / 'evaluation.png'}", highlight=False, soft_wrap=True)
+
+
+def report_passkeys(
+    results: dict[str, list[Cell]], settings: dict[str, Any], title: str, out: Path
+) -> None:
+    """As `report`, of passkeys."""
+    from lminf_cuda.plots import plot_passkey
+
+    screen = console()
+    try:
+        with writing(out):
+            write_passkeys(results, settings, out)
+            plot_passkey(results, title, out / "passkey.png")
+    finally:
+        for method, cells in results.items():
+            screen.print(passkey_table(method, cells))
+    screen.print(f"table: {out / 'passkey.csv'}", highlight=False, soft_wrap=True)
+    screen.print(f"plot:  {out / 'passkey.png'}", highlight=False, soft_wrap=True)
 
 
 def passkey_table(method: str, cells: Sequence[Cell]) -> Table:
@@ -161,7 +187,7 @@ def _plan_value(x: str | int) -> str:
     return x if isinstance(x, str) else f"{x:,}"
 
 
-def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) -> None:
+def plans_table(shape: PlanShape, capability: int | None, multiprocessors: int) -> Table:
     """The table of `lminf info --plan`: the prefill and a decoding step of one shape."""
     target: dict[str, Any] = dict(device_capability=capability, multiprocessors=multiprocessors)
     options: dict[str, Any] = dict(max_distance=shape.max_distance)
@@ -193,4 +219,4 @@ def print_plans(shape: PlanShape, capability: int | None, multiprocessors: int) 
     for op, plan in plans.items():
         values = (getattr(plan, name) for name in facts)
         table.add_row(op, *(_plan_value(x) for x in values))
-    console().print(table)
+    return table

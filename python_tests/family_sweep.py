@@ -1,6 +1,7 @@
 """Every causal LM of the installed transformers, patched: worked, refused, or wrong.
 
-    python python_tests/family_sweep.py    # writes docs/families.md, unless run with the oldest
+    python python_tests/family_sweep.py    # writes docs/families.md and the README's count of
+                                           # them, unless run with the oldest
     python python_tests/family_sweep.py llama gpt_oss   # prints the rows of these types
 
 A type that patch_model takes is built with a tiny config and random weights, and has worked when
@@ -22,6 +23,7 @@ import copy
 import functools
 import re
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.models.compat import recurrent_layers_are_known
-from lminf_cuda.models.families import FAMILIES, WRAPPERS, find_decoder
+from lminf_cuda.models.families import ENCODER_DECODERS, FAMILIES, WRAPPERS, find_decoder
 
 N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5
@@ -473,30 +475,45 @@ def table(rows: dict[str, tuple[str, str]]) -> str:
     reasons: dict[str, list[str]] = {}
     for name in names["refused"] + names["not built"] + names["wrong"]:
         reasons.setdefault(rows[name][1], []).append(name)
+    plain, recurrent, around = by_kind(names["worked"])
     lines = [
         "# Model types that `patch_model` serves",
         "",
         "Written by `python python_tests/family_sweep.py`, which builds a tiny random model of",
         "each type and compares it, patched, with the unpatched one and with a dense rewrite; its",
-        "first lines say how.",
+        "first lines say how. The encoder-decoders are compared by",
+        "`python_tests/test_encoder_decoder.py`.",
         "",
         f"transformers {transformers.__version__}, {len(rows)} model types: {counts}.",
         f"Of those that it has, transformers {OLDEST} refuses or cannot serve, or they cannot be",
         "checked with it:",
         f"{', '.join(sorted(NOT_IN_OLDEST))}.",
         "",
-        "## Worked",
+        "## Causal language models",
         "",
-        ", ".join(name for name in names["worked"] if name not in WRAPPERS),
+        ", ".join(plain),
         "",
-        "## Worked, around one of these",
+        "## With recurrent or convolution layers",
         "",
-        ", ".join(name for name in names["worked"] if name in WRAPPERS),
+        ", ".join(recurrent),
+        "",
+        "These layers stay as they are; those with attention are patched.",
+        "",
+        "## Around a language model",
+        "",
+        ", ".join(around),
         "",
         "Models that see or hear, whose language model is patched. What they put into the text may",
         "be part of the context, with two exceptions, refused by name: tokens of an image that see",
         "what follows them (gemma3, gemma4), and images at positions in three dims (qwen2_vl and",
         "its kind, glm4v).",
+        "",
+        "## Encoder-decoders",
+        "",
+        ", ".join(sorted(ENCODER_DECODERS)),
+        "",
+        "The decoder's self-attention is patched, its learned bias clamped like every distance.",
+        "The encoder is not causal and stays as it is, and so does the cross-attention.",
         "",
         "## Refused",
         "",
@@ -514,30 +531,32 @@ def table(rows: dict[str, tuple[str, str]]) -> str:
 _BEGIN, _END = "<!-- written by family_sweep.py -->", "<!-- until here -->"
 
 
-def readme_rows(types: list[str]) -> str:
-    """The README's list of the model types that worked, between its markers."""
-    around = ", ".join(sorted(WRAPPERS))
-    recurrent = ", ".join(name for name in types if FAMILIES[name].is_recurrent)
-    plain = ", ".join(name for name in types if not FAMILIES[name].is_recurrent)
-    lines = [
-        _BEGIN,
-        f"- {plain};",
-        f"- with recurrent or convolution layers, which stay as they are: {recurrent};",
-        f"- the language model inside {around}.",
-        "",
-        f"Refused by name: [the others](docs/families.md); with transformers {OLDEST} also what",
-        "that page lists.",
-        _END,
-    ]
-    return "\n".join(lines)
+def by_kind(worked: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Types that worked: of causal LMs, of those with recurrent layers, and around one of them."""
+    around = [name for name in worked if name in WRAPPERS]
+    inside = [name for name in worked if name not in WRAPPERS]
+    recurrent = [name for name in inside if FAMILIES[name].is_recurrent]
+    return [name for name in inside if name not in recurrent], recurrent, around
+
+
+def readme_count(worked: list[str]) -> str:
+    """The README's sentence on the model types that worked, between its markers."""
+    plain, recurrent, around = by_kind(worked)
+    sentence = (
+        f"`patch_model` serves {len(worked) + len(ENCODER_DECODERS)} model types of transformers: "
+        f"{len(plain)} causal language models, {len(recurrent)} with recurrent or convolution "
+        f"layers besides attention, the language model inside {len(around)} that also see or hear, "
+        f"and {len(ENCODER_DECODERS)} encoder-decoders. [docs/families.md](docs/families.md) names "
+        "them, and those that are refused with the reason for each."
+    )
+    return "\n".join([_BEGIN, textwrap.fill(sentence, 100, break_on_hyphens=False), _END])
 
 
 def write(rows: dict[str, tuple[str, str]]) -> None:
-    """Writes docs/families.md and the README's list of model types."""
+    """Writes docs/families.md and the README's count of model types."""
     root = Path(__file__).parents[1]
     (root / "docs" / "families.md").write_text(table(rows))
-    worked = [name for name, (found, _) in rows.items() if found == "worked"]
-    written = readme_rows([name for name in worked if name not in WRAPPERS])
+    written = readme_count([name for name, (found, _) in rows.items() if found == "worked"])
     readme = root / "README.md"
     text = readme.read_text()
     between = re.compile(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", flags=re.S)

@@ -1,6 +1,15 @@
 """The command: what it writes, and that bad input names the argument and the way out."""
 
+import contextlib
+import functools
+import io
+import os
 import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +24,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import lminf_cuda
-from lminf_cuda import cli
-from lminf_cuda.arguments import parse_lengths
+from lminf_cuda import arguments, cli, progress
+from lminf_cuda.arguments import Device, Dtype, load, parse_lengths
+from lminf_cuda.models import compat
 
 TEXT = "In the beginning God created the heaven and the earth. " * 8
 
@@ -261,3 +271,329 @@ def test_a_missing_cuda_device_is_named(folder):
     code, output = lminf("generate", folder / "llama", "--prompt-file", text, "--device", "cuda")
     assert code == 2
     assert "use --device cpu" in output
+
+
+def test_info_shows_the_tested_versions_and_warns_outside(monkeypatch):
+    monkeypatch.setattr(compat, "TESTED", ("5.4.0", "999.0"))
+    code, output = lminf("info")
+    assert code == 0
+    assert f"{compat.transformers.__version__} (tested: 5.4.0 to 999.0)" in output
+    assert "warning" not in output
+    monkeypatch.setattr(compat, "TESTED", ("1.0", "1.2"))
+    code, output = lminf("info")
+    assert code == 0
+    assert f"warning: {compat.version_note()}" in output
+
+
+# What cannot be written: stdout on a full disk, a reader that has gone, a full folder.
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+WRITES = {
+    "info": ["info"],
+    "plan": ["info", "--plan"],
+    "help": ["--help"],
+    "bench": ["bench", "--length", "64", "--peers", "sdpa-mask", "--rounds", "1"],
+    "generate": ["generate", "llama", "--prompt-file", "text.txt", "--max-new-tokens", "9"],
+    "chat": ["chat", "llama", "--max-new-tokens", "4"],
+    "evaluate": ["evaluate", "llama", "--text", "text.txt", "--lengths", "32,64"],
+    "passkey": ["passkey", "llama", "--lengths", "512", "--depths", "0.5", "--trials", "1"],
+}
+
+
+def run_main(monkeypatch, command, stdout) -> int:
+    """The exit code of the entry point; the command's stdin is one line."""
+    monkeypatch.setattr(sys, "argv", ["lminf", *command])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("In the beginning\n"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@needs_dev_full
+@pytest.mark.parametrize("name", WRITES)
+def test_a_full_disk_behind_stdout_is_told_in_a_line(folder, monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(folder)
+    out = ["--out", str(tmp_path)] if name in ("evaluate", "passkey") else []
+    with open("/dev/full", "w") as full:
+        assert run_main(monkeypatch, [*WRITES[name], *out], full) == 1
+    told = capsys.readouterr().err
+    assert told == "lminf: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["info", "generate", "chat", "end"])
+def test_a_reader_that_has_gone_ends_it_quietly(folder, monkeypatch, capsys, name):
+    monkeypatch.chdir(folder)
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = os.fdopen(writer, "w")
+    if name == "end":  # what is written when the command is done
+        monkeypatch.setattr(cli, "app", lambda: print("x"))
+    assert run_main(monkeypatch, WRITES.get(name, []), gone) == 1
+    with contextlib.suppress(BrokenPipeError):
+        gone.close()
+    assert capsys.readouterr().err == ""
+
+
+@needs_dev_full
+@pytest.mark.parametrize("last", ["csv", "json", "png"])
+@pytest.mark.parametrize("name", ["evaluate", "passkey"])
+def test_a_full_folder_is_named_and_the_results_are_shown(
+    folder, monkeypatch, capsys, tmp_path, name, last
+):
+    monkeypatch.chdir(folder)
+    file = {"evaluate": "evaluation", "passkey": "passkey"}[name]
+    (tmp_path / f"{file}.{last}").symlink_to("/dev/full")
+    shown = io.StringIO()
+    assert run_main(monkeypatch, [*WRITES[name], "--out", str(tmp_path)], shown) == 1
+    told = capsys.readouterr().err
+    assert told == (
+        f"lminf: the results cannot be written to {tmp_path}: No space left on device; make room "
+        "there, or give another --out\n"
+    )
+    assert {"evaluate": "vanilla", "passkey": "depth"}[name] in shown.getvalue()
+
+
+@needs_dev_full
+@pytest.mark.parametrize("end", ["> /dev/full", "| head -c 1 > /dev/null"])
+def test_the_process_ends_without_a_traceback(folder, end):
+    """What the interpreter still has in its buffer when it ends is not tried again."""
+    command = f"{sys.executable} -m lminf_cuda {' '.join(WRITES['generate'])} {end}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("PYTHONUNBUFFERED", None)
+    ran = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1, ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if not line.startswith("[transformers]")]
+    expected = ["lminf: the output cannot be written: No space left on device"]
+    assert lines == (expected if end == "> /dev/full" else [])
+
+
+def test_characters_that_stdout_does_not_have(monkeypatch):
+    page = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(cli, "app", lambda: print("Λ"))
+    monkeypatch.setattr(sys, "stdout", page)
+    cli.main()
+    assert page.buffer.getvalue() == b"?\n"
+
+
+# What does not load says why, in full.
+
+
+@pytest.fixture
+def saved(folder, tmp_path):
+    return Path(shutil.copytree(folder / "llama", tmp_path / "saved"))
+
+
+def generate_from(model, folder) -> str:
+    code, output = lminf(
+        "generate", model, "--prompt-file", folder / "text.txt", "--max-new-tokens", 2
+    )
+    assert code == 2
+    assert "MODEL" in output and "Traceback" not in output
+    return output
+
+
+def test_a_missing_tokenizer_is_told_with_the_way_out(folder, saved):
+    (saved / "tokenizer.json").unlink()
+    output = generate_from(saved, folder)
+    assert "pip install sentencepiece tiktoken protobuf" in output
+    if "Couldn't instantiate the backend tokenizer" in output:
+        assert "(3) an equivalent slow tokenizer class" in output
+        assert "You need to have sentencepiece or tiktoken installed" in output
+    else:
+        assert "requires the protobuf library" in output
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("model.safetensors", "x" * 100, "SafetensorError: .*header"),
+        ("tokenizer.json", "{}", "(KeyError|Exception|ValueError)"),
+        ("config.json", "{", "not a valid JSON file"),
+        ("config.json", '{"model_type": "unheard_of"}', "unheard_of.*pip install --upgrade"),
+        ("config.json", '{"model_type": "t5"}', r"T5Config.*AfmoeConfig.* \.\.\. Give a folder"),
+    ],
+)
+def test_broken_files_are_usage_errors(folder, saved, file, content, said):
+    (saved / file).write_text(content)
+    assert re.search(said, generate_from(saved, folder))
+
+
+def test_a_package_that_is_missing_is_named(folder, saved, monkeypatch):
+    def from_pretrained(*args, **kwargs):
+        raise ImportError("first line\nLoading this needs fancy: pip install fancy")
+
+    monkeypatch.setattr(arguments.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert "first line Loading this needs fancy: pip install fancy" in generate_from(saved, folder)
+
+
+def test_weights_that_are_missing_are_reported(saved, caplog, monkeypatch):
+    """They are random then, which must not pass in silence."""
+    config = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    logger = compat.transformers.utils.logging
+    monkeypatch.setattr(logger.get_logger("transformers"), "propagate", True)
+    before = logger.get_verbosity()
+    logger.set_verbosity_warning()  # as a process begins
+    try:
+        load(str(saved), Dtype.float32, Device.cpu)
+    finally:
+        logger.set_verbosity(before)
+    assert re.search(r"layers\.2\.mlp\.up_proj\.weight\s*\| MISSING", caplog.text)
+
+
+# A .gguf file.
+
+
+def write_gguf(path, model, tokenizer) -> None:
+    """A Llama as llama.cpp keeps it: halves of rotary pairs interleaved, in float32."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * len(vocabulary))
+    writer.add_token_merges(["t h", "h e"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        for projection in ("q_proj", "k_proj"):
+            if projection in name:
+                halves = weight.unflatten(0, (-1, 2, config.head_dim // 2))
+                weight = halves.transpose(1, 2).reshape(weight.shape)
+        module, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(module)}.{kind}", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(folder, tmp_path_factory):
+    """The Llama of `folder`, with a token for "th" and one for "he", and what it is made of."""
+    folder = tmp_path_factory.mktemp("gguf")
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "he"]
+    numbers = {token: n for n, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(numbers, [("t", "h"), ("h", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
+    write_gguf(folder / "tiny.gguf", model, fast)
+    return folder / "tiny.gguf", model, fast
+
+
+@torch.no_grad()
+def test_a_gguf_file_loads(gguf_file):
+    file, model, tokenizer = gguf_file
+    loaded = load(str(file), Dtype.float32, Device.cpu)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    assert torch.equal(loaded.tokenizer(TEXT, return_tensors="pt").input_ids, ids)
+    # the rotary base has been float32 in the file
+    torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert load(str(file), Dtype.bfloat16, Device.cpu).model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "evaluate", "passkey"])
+def test_every_command_takes_a_gguf_file(gguf_file, folder, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(folder)
+    command = [str(gguf_file[0]) if word == "llama" else word for word in WRITES[name]]
+    out = ["--out", str(tmp_path)] if name in ("evaluate", "passkey") else []
+    assert run_main(monkeypatch, [*command, *out, "--dtype", "float32"], io.StringIO()) == 0
+
+
+def test_files_that_are_no_model_are_named(folder, monkeypatch):
+    output = generate_from(folder / "llama" / "config.json", folder)
+    assert "config.json is a file; give the folder" in output
+    assert "no such folder" in generate_from("absent.gguf", folder)
+    (folder / "some.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    assert "pip install gguf" in generate_from(folder / "some.gguf", folder)
+    monkeypatch.undo()
+    pytest.importorskip("gguf")
+    assert "some.gguf does not load: " in generate_from(folder / "some.gguf", folder)
+
+
+# Nothing is silent for long.
+
+
+def test_progress_is_told_where_stderr_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    with progress.progress(8, "reading", "tok") as bar:
+        bar.update(2)
+        time.sleep(0.3)
+    with progress.waiting("loading"):
+        time.sleep(0.3)
+    told = capsys.readouterr().err
+    assert re.search(r"^reading:  25%.* 2.00/8.00 ", told)
+    assert re.search(r"^loading: \d+ s so far$", told, re.M)
+    monkeypatch.setattr(progress, "PATIENCE", 10)
+    with progress.progress(8, "reading", "tok") as bar, progress.waiting("loading"):
+        bar.update(8)
+    assert capsys.readouterr().err == ""
+
+
+class Slow:
+    """Stands for a step of a command: takes a while, the first time."""
+
+    def __init__(self, step, seconds=0.3):
+        self.step, self.seconds = step, seconds
+
+    def __call__(self, *args, **kwargs):
+        seconds, self.seconds = self.seconds, 0
+        time.sleep(seconds)
+        return self.step(*args, **kwargs)
+
+
+STEPS = {
+    "loading": (arguments.AutoTokenizer, "from_pretrained", "generate", "loading llama"),
+    "prompt": (LlamaForCausalLM, "forward", "generate", "prompt"),
+    "turn": (LlamaForCausalLM, "forward", "chat", "reading"),
+    "evaluation": (LlamaForCausalLM, "forward", "evaluate", "LM-Infinite"),
+    "passkeys": (LlamaForCausalLM, "forward", "passkey", "LM-Infinite"),
+    "first calls": (cli.benchmarks, "lambda_attention", "bench", "the first call of each peer.*"),
+    "tokens": (PreTrainedTokenizerFast, "__call__", "generate", "tokenizing 440 characters"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_slow_step_is_not_silent(folder, monkeypatch, capsys, tmp_path, step):
+    monkeypatch.chdir(folder)
+    owner, method, name, said = STEPS[step]
+    slow = Slow(getattr(owner, method))
+    whole = functools.wraps(slow.step)(lambda *args, **kwargs: slow(*args, **kwargs))
+    monkeypatch.setattr(owner, method, whole)
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    out = ["--out", str(tmp_path)] if name in ("evaluate", "passkey") else []
+    assert run_main(monkeypatch, [*WRITES[name], *out], io.StringIO()) == 0
+    assert re.search(rf"^{said}: ", capsys.readouterr().err, re.M)

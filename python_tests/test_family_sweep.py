@@ -14,14 +14,15 @@ from family_sweep import (
     OLDEST,
     all_types,
     all_wrappers,
+    by_kind,
     check,
-    readme_rows,
+    readme_count,
     verdict,
 )
 from tiny_models import one_thread
 
 from lminf_cuda.models import families
-from lminf_cuda.models.families import FAMILIES, WRAPPERS
+from lminf_cuda.models.families import ENCODER_DECODERS, FAMILIES, WRAPPERS
 from lminf_cuda.models.family import Family
 
 ROOT = Path(__file__).parents[1]
@@ -57,16 +58,25 @@ def test_the_check_sees_a_wrong_family(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "from the unpatched model" in check(model_type)
 
 
-def test_tables_name_the_families() -> None:
+def listed(page: str, heading: str) -> list[str]:
+    """The types below a heading of docs/families.md."""
+    found = re.search(rf"^## {heading}\n\n(.*)\n", page, re.M)
+    assert found is not None
+    return found[1].split(", ")
+
+
+def test_the_page_and_the_readme_name_the_families() -> None:
     page = (ROOT / "docs" / "families.md").read_text()
-    worked = re.search(r"## Worked\n\n(.*)\n", page)
-    assert worked is not None
-    wrappers = re.search(r"## Worked, around one of these\n\n(.*)\n", page)
-    assert wrappers is not None
-    types = set(worked[1].split(", "))
+    plain = listed(page, "Causal language models")
+    recurrent = listed(page, "With recurrent or convolution layers")
+    around = listed(page, "Around a language model")
+    types = {*plain, *recurrent}
     # Some language models exist inside others alone.
     assert types <= set(FAMILIES)
     assert all("_text" in name for name in set(FAMILIES) - types)
-    assert sorted(wrappers[1].split(", ")) == sorted(WRAPPERS)
+    assert sorted(around) == sorted(WRAPPERS)
+    assert by_kind([*plain, *recurrent, *around]) == (plain, recurrent, around)
+    assert listed(page, "Encoder-decoders") == sorted(ENCODER_DECODERS)
     assert ", 0 wrong" in page
-    assert readme_rows(sorted(types)) in (ROOT / "README.md").read_text(), "run family_sweep.py"
+    readme = (ROOT / "README.md").read_text()
+    assert readme_count([*types, *around]) in readme, "run family_sweep.py"

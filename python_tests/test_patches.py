@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,12 @@ import torch
 from tiny_models import MODELS, TRAINED, definition, one_thread, tiny_model, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    T5ForConditionalGeneration,
+)
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.models.rope import keeps_rotation, let_unrotated_pass
@@ -421,6 +427,48 @@ def test_unsupported_models_are_refused_by_name() -> None:
     disguised.config.model_type = "llama"
     with pytest.raises(ValueError, match="is not built like"):
         patch_model(disguised)
+
+
+def _t5() -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = AutoConfig.for_model("t5", vocab_size=64, n_positions=32, **sizes)
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "bloom", "falcon", "gptj", "mpt", "t5"])
+def test_a_model_without_values_is_refused(name: str) -> None:
+    """On the meta device, wholly or in one weight: at patch time, whatever a family reads there."""
+    build = _t5 if name == "t5" else partial(tiny_model, name)
+    model = build()
+    weights = list(dict(model.named_parameters()))
+    wholly = copy.deepcopy(model).to("meta")
+    with pytest.raises(ValueError, match=rf"on the meta device \({weights[0]} and \d+ more\)"):
+        patch_model(wholly)
+    module, _, weight = weights[-1].rpartition(".")
+    setattr(
+        model.get_submodule(module),
+        weight,
+        torch.nn.Parameter(torch.empty(model.get_parameter(weights[-1]).shape, device="meta")),
+    )
+    with pytest.raises(ValueError, match=rf"{weights[-1]}\).*load the weights first"):
+        patch_model(model)
+    assert not any("_lminf" in key for module in model.modules() for key in vars(module))
+
+
+def test_weights_and_buffers_that_accelerate_offloads_are_taken() -> None:
+    """Of test_model_wrappers.py's models it offloads the weights alone."""
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert model.lm_head.weight.is_meta
+    ids = tokens(1, 40)
+    expected = patch_model(plain, window=WINDOW)(ids).logits
+    assert torch.equal(patch_model(model, window=WINDOW)(ids).logits, expected)
+
+    rotary = unpatch_model(model).model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.to("meta")
+    with pytest.raises(ValueError, match=r"on the meta device \(model\.rotary_emb\.inv_freq\)"):
+        patch_model(model)
 
 
 def _bad_calls() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:

@@ -20,6 +20,7 @@ from transformers.generation import GenerationMixin
 __all__ = [
     "DRAFTS_BY",
     "GENERATION_CACHE",
+    "HOOKS",
     "MAKES_CACHE",
     "MAKES_MASK",
     "PAGED",
@@ -171,6 +172,8 @@ def set_attention_name(config: Any, name: str | None) -> None:
 
 # The attribute of a module with accelerate's hooks that holds the forward in them.
 WRAPPED_FORWARD = "_old_forward"
+# The attribute that holds these hooks, which may bring the module's weights.
+HOOKS = "_hf_hook"
 
 
 class _Unknown:

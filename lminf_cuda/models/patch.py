@@ -41,7 +41,7 @@ from .family import Family
 from .forward_state import STATE_KEYWORD, ForwardState, enter, leave, running
 from .generation import OVERRIDES, lambda_cache, new_cache
 from .positions import locate_tokens, padding_mask, refuse_inputs
-from .resolve import add_middle, resolve_layers, resolve_lengths, resolve_middle
+from .resolve import add_middle, refuse_meta, resolve_layers, resolve_lengths, resolve_middle
 from .rope import IdentityRotary, is_rotary
 from .settings import SETTINGS_ATTRIBUTE, LambdaSettings, model_shape
 
@@ -313,10 +313,11 @@ def patch_model(
 
     Raises:
         TypeError: a setting is not an int.
-        ValueError: a setting is out of range, the model's type is not supported, or the model is
-            patched with other settings.
+        ValueError: a setting is out of range, the model's type is not supported, the model is on
+            the meta device, or it is patched with other settings.
     """
     decoder, family = find_decoder(model)
+    refuse_meta(model)
     lengths = resolve_lengths(decoder, family, n_global, window, max_distance)
     middle = resolve_middle(lengths[2], middle_top_k, middle_from_layer, middle_distance)
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)

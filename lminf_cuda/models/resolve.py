@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
+from .compat import HOOKS
 from .family import Family, layer_type
-from .rope import training_length
+from .rope import is_rotary, training_length
 from .settings import LambdaSettings, LayerSettings
 
-__all__ = ["add_middle", "resolve_layers", "resolve_lengths", "resolve_middle"]
+__all__ = ["add_middle", "refuse_meta", "resolve_layers", "resolve_lengths", "resolve_middle"]
 
 _SLIDING = (None, "sliding_attention", "hybrid_sliding")
 
@@ -34,6 +38,32 @@ def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
         raise TypeError(f"{name} is {value!r}; it must be an int")
     if value < minimum:
         raise ValueError(f"{name} is {value}; it must be at least {minimum}{why}")
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raises ValueError for a model that is on the meta device, wholly or in part.
+
+    What accelerate's hooks bring when it is needed may be there, but for rotary frequencies, which
+    are read at patch time.
+    """
+    meta = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if meta:
+        more = f" and {len(meta) - 1} more" if len(meta) > 1 else ""
+        raise ValueError(
+            f"this {type(model).__name__} is on the meta device ({meta[0]}{more}), where tensors "
+            "have no values; load the weights first, as from_pretrained does, and patch it then"
+        )
+
+
+def _tensors(module: nn.Module, path: str = "", hooked: bool = False) -> Iterator[tuple[str, Any]]:
+    """The tensors whose values a patch counts on, with their names."""
+    hooked = hooked or hasattr(module, HOOKS)
+    if not hooked or is_rotary(module):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield path + name, tensor
+    for name, child in module.named_children():
+        yield from _tensors(child, f"{path}{name}.", hooked)
 
 
 def _own_windows(decoder: Any, family: Family) -> list[int | None]:
