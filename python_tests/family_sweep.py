@@ -98,7 +98,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 # Where a tiny config needs more than that; None leaves the config's own value.
 _LATENT = (
     *("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minicpm3"),
-    *("mistral4", "youtu"),
+    *("mistral4", "sarvam_mla", "youtu"),
 )
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -171,6 +171,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_audio": {"conf_num_hidden_layers": 1},
     "gemma4_text": _SHARING | {"head_dim": 8, "global_head_dim": 16},
     "gemma4_unified_text": _SHARING | {"head_dim": 8, "global_head_dim": 16},
+    "lara_mini": {
+        "layer_types": ["linear_attention", "sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 6,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
     "olmo_hybrid": _RECURRENT | {"rope_parameters": None},

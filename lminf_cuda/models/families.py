@@ -94,7 +94,8 @@ def _has_theta(module: Any) -> bool:
 
 
 _PLAIN = (
-    *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
+    *("apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "cwm", "exaone", "flex_olmo"),
+    *("gemma", "gemma2", "sarvam_moe"),
     *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
     *("gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared"),
     *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
@@ -120,7 +121,7 @@ _INTERLEAVED = (
     "helium",
 )
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
-_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu")
 
 _RECURRENT_PLAIN = (
     *("bamba", "falcon_h1", "lfm2", "lfm3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
@@ -185,6 +186,7 @@ FAMILIES: dict[str, Family] = {
         query_scale=_llama4_scale,
         switched_off=("attn_temperature_tuning",),
     ),
+    "lara_mini": Family(uses_rope=_slides, is_recurrent=True),
     "longcat_flash": Family(attention=("self_attn.0", "self_attn.1"), rotates_last=True),
     "ministral3": Family(reads_positions=True),
     "mistral4": Family(rotates_last=True, reads_positions=True),
