@@ -149,6 +149,23 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "audio_config": _TINY_TOWER
         | {"num_blocks": 2, "nemo_conv_channels": 8, "ext_pw_out_channel": 32, "input_size": 16},
     },
+    "step3p5": _ALTERNATING | {"sliding_window": 8, "num_sliding_attention_heads": 8},
+    "ernie4_5_vl_moe_text": {"head_dim": 16, "moe_intermediate_size": [24, 16]}
+    | {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [3, 3, 2]}},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0], "text_hidden_size": 32, "head_dim": 8},
+    "molmo2_text": {
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        "rope_scaling_layers": [1, 2],
+    },
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "num_key_value_heads": None,
+        "num_experts_per_tok": 2,
+    },
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8] * 4, "patch_sizes": [2] * 4},
+    "muse_spark_text": {"moe_hidden_size": 32, "qk_scale_factor": 1.0},
+    "ovis2_vision": {"vocab_size": 64},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7},
     "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "hybrid"]}
     | {"attention_head_dim": 16, "num_key_value_heads": 4},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "use_mem_rope": True}
@@ -161,8 +178,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon": {"head_dim": None},
     "gemma3_text": _ALTERNATING,
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
     "kolibri1": _ALTERNATING,
     "kimi_linear": _RECURRENT
     | {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2}
@@ -211,6 +226,27 @@ for _name in ("ministral3", "mistral4"):
         "llama_4_scaling_beta": 0.3,
     }
 
+# The same for models around a language model, whose parts are merged with what they are otherwise.
+_AROUND: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "vision_config": {"codebook_size": 8},
+        "audio_config": {"codebook_size": 8, "codebook_dim": 32},
+        "image_token_offset": VOCAB - 16,
+        "audio_token_offset": VOCAB - 8,
+    },
+    "emu3": {"vocabulary_map": {"<image>": VOCAB - 1}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "granite4_vision": {"vision_config": {"hidden_size": 64}, "deepstack_layer_map": [[1, 1]]}
+    | {"downsample_rate": "1/2"},
+    "muse_glimmer": {"out_hidden_size": 32, "projector_hidden_size": 32},
+    "muse_spark": {"out_hidden_size": 32, "projector_hidden_size": 32},
+    "nemotron_h_omni": {"projector_hidden_size": 32, "vision_hidden_size": 32},
+    "ovis2": {"hidden_size": 32, "vocab_size": VOCAB},
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": 32}}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": VOCAB - 1},
+    "qwen3_asr": {"eos_token_id": VOCAB},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCAB - 1},
+}
 
 OLDEST = "5.4.0"
 NOT_IN_OLDEST = {
@@ -245,6 +281,10 @@ _REFUSED = {
     "scores with a bias that depends on the query": (
         *("inkling2_loop_text", "inkling2_text", "inkling_text", "xlnet"),
     ),
+    "norms with weights after the rotation, so that a score depends on more than the distance": (
+        *("hunyuan_v1_dense", "hunyuan_v1_moe"),
+    ),
+    "layers that run in loops, over which a cache may be shared": ("dory",),
     "a mask computed from the values": ("doge",),
     "tokens that see what follows them, and biases that differ by segment": ("cpmant",),
     "slides already in all layers, with keys kept in the layers themselves": ("recurrent_gemma",),
@@ -279,6 +319,20 @@ def tiny_config(model_type: str, build: Any = None) -> Any:
     return build(**sizes)
 
 
+def _tiny_tower(part: Any) -> dict[str, Any]:
+    """The entries of a tiny config of an encoder of images or sounds, and of what is in it."""
+    numbers = [size for size in _TINY_TOWER if isinstance(getattr(part, size, None), int)]
+    sizes = {size: _TINY_TOWER[size] for size in numbers}
+    if getattr(part, "layer_types", None):
+        sizes["layer_types"] = part.layer_types[: sizes["num_hidden_layers"]]
+    inner = {
+        name: _tiny_tower(getattr(part, name))
+        for name in part.sub_configs
+        if getattr(part, name, None) is not None
+    }
+    return part.to_diff_dict() | sizes | inner | _SPECIAL.get(part.model_type, {})
+
+
 def tiny_wrapper_config(model_type: str) -> Any:
     """A config of a model that also sees or hears, with a tiny language model in it."""
     default = AutoConfig.for_model(model_type)
@@ -289,19 +343,15 @@ def tiny_wrapper_config(model_type: str) -> Any:
         if part is text:
             parts[name] = tiny_config(text.model_type, type(text)).to_dict()
         elif part is not None:
-            numbers = [size for size in _TINY_TOWER if isinstance(getattr(part, size, None), int)]
-            sizes = {size: _TINY_TOWER[size] for size in numbers}
-            parts[name] = part.to_diff_dict() | sizes | _SPECIAL.get(part.model_type, {})
-    extra: dict[str, Any] = {}
-    if model_type == "emu3":
-        extra = {"vocabulary_map": {"<image>": VOCAB - 1}}
-    elif "omni" in model_type:
-        extra = {"vision_start_token_id": VOCAB - 1}
-    config = AutoConfig.for_model(model_type, **parts, **_TOKENS, **extra)
-    if model_type == "gemma3n":  # whose own tower needs a package that nothing else here does
+            parts[name] = _tiny_tower(part)
+    around = copy.deepcopy(_AROUND.get(model_type, {}))
+    parts = {name: part | around.pop(name, {}) for name, part in parts.items()}
+    config = AutoConfig.for_model(model_type, **parts, **(_TOKENS | around))
+    vision = getattr(config, "vision_config", None)
+    if hasattr(vision, "model_args"):  # of a package that nothing else here needs
         tower = AutoConfig.for_model("siglip_vision_model", **_TINY_TOWER, num_channels=3)
-        names = ("vocab_size", "vocab_offset", "rms_norm_eps")
-        vars(tower).update({name: getattr(config.vision_config, name) for name in names})
+        names = ("vocab_size", "vocab_offset", "rms_norm_eps", "model_args")
+        vars(tower).update({name: getattr(vision, name) for name in names if hasattr(vision, name)})
         vars(config)["vision_config"] = tower
     return config
 
