@@ -136,6 +136,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_top_k": 2},
     },
+    "granite_speech_encoder": {"hidden_dim": 32, "num_heads": 4, "dim_head": 8},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm3": {"layer_types": ["conv", "full_attention"] * 2},
     # scales its queries within the text
@@ -236,6 +237,7 @@ _AROUND: dict[str, dict[str, Any]] = {
     },
     "emu3": {"vocabulary_map": {"<image>": VOCAB - 1}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "fuyu": {"patch_size": 2},
     "granite4_vision": {"vision_config": {"hidden_size": 64}, "deepstack_layer_map": [[1, 1]]}
     | {"downsample_rate": "1/2"},
     "muse_glimmer": {"out_hidden_size": 32, "projector_hidden_size": 32},
@@ -251,10 +253,10 @@ _AROUND: dict[str, dict[str, Any]] = {
 OLDEST = "5.4.0"
 NOT_IN_OLDEST = {
     *("aya_vision", "bamba", "cohere2", "cohere2_vision", "ernie4_5", "ernie4_5_moe"),
-    *("falcon_h1", "fuyu", "gemma3n_text", "granite_speech", "granitemoehybrid", "lfm2"),
-    *("lfm2_moe", "lfm2_vl", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid"),
-    *("olmoe", "phimoe", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
-    *("gemma3n", "jamba", "moshi", "nemotron_h", "paddleocr_vl", "qwen3_next", "zamba", "zamba2"),
+    *("ernie4_5_vl_moe", "falcon_h1", "gemma3n", "gemma3n_text", "granitemoehybrid", "jamba"),
+    *("lfm2", "lfm2_moe", "lfm2_vl", "moshi", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3"),
+    *("olmo_hybrid", "olmoe", "paddleocr_vl", "phimoe", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba", "zamba2"),
 }
 
 # Those whose own forward raises an error with some transformers, for any text; see _UPSTREAM.
