@@ -179,6 +179,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon": {"head_dim": None},
     "gemma3_text": _ALTERNATING,
+    "hunyuan_v1_dense": {"head_dim": 8},
     "kolibri1": _ALTERNATING,
     "kimi_linear": _RECURRENT
     | {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 2}
@@ -524,9 +525,9 @@ _UPSTREAM = """\
   and the second an error, unpatched, too.
 - codegen, gptj, mpt: unpatched, a text beyond `n_positions` or `max_seq_len` raises an error in a
   table look-up or an addition of two shapes. Patched, neither table is read.
-- 5.4 with a new huggingface_hub: the default configs of cohere2, ernie4_5, ernie4_5_moe, olmo,
-  olmo2, olmo3, olmoe and phimoe are refused (StrictDataclassFieldValidationError: a bool where an
-  int is declared).
+- 5.4 with a new huggingface_hub: the default configs of cohere2, ernie4_5, ernie4_5_moe,
+  ernie4_5_vl_moe, olmo, olmo2, olmo3, olmoe and phimoe are refused
+  (StrictDataclassFieldValidationError: a bool where an int is declared).
 """
 
 

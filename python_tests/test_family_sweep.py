@@ -53,6 +53,7 @@ def test_the_check_sees_a_wrong_family(monkeypatch: pytest.MonkeyPatch) -> None:
         "glm": Family(),  # pairs (t, t + R/2) instead of neighbours
         "llama": Family(backwards=True),
         "smollm3": Family(),  # rotates layers that do not
+        "hunyuan_v1_dense": Family(),  # a norm after the rotation
     }
     monkeypatch.setattr(families, "FAMILIES", FAMILIES)
     for model_type, family in wrong.items():
