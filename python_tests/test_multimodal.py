@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_sweep import tiny_wrapper_config
+from family_sweep import all_wrappers, tiny_wrapper_config
 from tiny_models import one_thread, randomize, tokens
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -132,17 +132,23 @@ def test_layers_that_attend_to_an_image_stay_as_they_are() -> None:
         assert torch.equal(*written)
 
 
-def test_tokens_that_see_ahead_are_refused() -> None:
-    model = patch_model(tiny("gemma3"), n_global=3, window=10)
+@pytest.mark.parametrize(
+    ("model_type", "argument"),
+    [("gemma3", "token_type_ids"), ("molmo2", "mm_token_type_ids")],  # the latter makes the mask
+)
+def test_tokens_that_see_ahead_are_refused(model_type: str, argument: str) -> None:
+    if model_type not in all_wrappers():
+        pytest.skip("this transformers does not have the type")
+    model = patch_model(tiny(model_type), n_global=3, window=10)
     ids = tokens(1, 30).clamp(max=59)
     types = torch.zeros_like(ids)
     expected = model(ids).logits
-    torch.testing.assert_close(model(ids, token_type_ids=types).logits, expected)
+    torch.testing.assert_close(model(ids, **{argument: types}).logits, expected)
     types[:, 5:9] = 1
     with pytest.raises(
         ValueError, match=r"tokens of an image or of a prefix see what follows.*unpatch_model"
     ):
-        model(ids, token_type_ids=types)
+        model(ids, **{argument: types})
 
 
 def test_images_at_positions_of_their_own_are_refused() -> None:

@@ -218,13 +218,19 @@ def tiny_model(name: str = "llama", **overrides: Any) -> Any:
 
 
 def randomize(model: Any, attention_gain: float = 2.0) -> Any:
-    """Weights far from uniform attention, with logits of order 1; no gradients, no dropout."""
+    """Weights far from uniform attention, with logits of order 1; no gradients, no dropout.
+
+    Norms' weights and biases of attention modules are not all 1 or all 0, as they begin.
+    """
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
+            is_attention = "attn" in parameter_name or "attention" in parameter_name
             if parameter.ndim > 1:
-                is_attention = "attn" in parameter_name or "attention" in parameter_name
                 gain = attention_gain if is_attention else 1.0
                 parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
+            elif is_attention and parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval().requires_grad_(False)
 
 

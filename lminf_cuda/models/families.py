@@ -23,6 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ from .own_forwards import (
     mpt_slopes,
     t5_forward,
 )
+from .rope import Rope
 
 __all__ = ["ENCODER_DECODERS", "FAMILIES", "WRAPPERS", "find_decoder"]
 
@@ -62,6 +64,24 @@ def _rotary_of_theta(decoder: Any, index: int) -> Any:
         for rotary in decoder.rotary_embs
         if rotary.config.rope_parameters["rope_theta"] == theta
     )
+
+
+def _rotary_of_layer(decoder: Any, index: int) -> Any:
+    """Molmo 2's modules, with scaled frequencies and with plain ones."""
+    is_scaled = decoder.rope_types[index] == "scaled"
+    return decoder.rotary_emb if is_scaled else decoder.rotary_emb_unscaled
+
+
+def _ernie_vl_rope(module: Any) -> Rope:
+    """ERNIE 4.5 VL's, whose module keeps its frequencies in the order of the dims of an image."""
+    parameters = module.config.rope_parameters
+    if parameters["rope_type"] != "default":
+        raise ValueError(
+            f"rope_type of this {type(module).__name__} is {parameters['rope_type']!r}; a patch "
+            "knows the frequencies of 'default' only"
+        )
+    exponents = torch.arange(0, module.head_dim, 2, dtype=torch.float32) / module.head_dim
+    return Rope(1.0 / parameters["rope_theta"] ** exponents, interleaved=True)
 
 
 def _llama4_scale(module: Any) -> Callable[[Tensor], Tensor] | None:
@@ -94,11 +114,13 @@ def _has_theta(module: Any) -> bool:
 
 
 _PLAIN = (
-    *("apertus", "arcee", "aria_text", "bitnet", "cwm", "flex_olmo", "gemma", "gemma2"),
+    *("apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "cwm", "exaone", "flex_olmo"),
+    *("gemma", "gemma2", "sarvam_moe"),
     *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
     *("gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared"),
-    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
+    *("hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
     *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
+    *("deepseek_ocr2_text", "granite4_vision_text", "step3p5"),
     *("emu3_text_model", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
     *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
     *("solar_open", "stablelm", "starcoder2", "vaultgemma", "dots1"),
@@ -120,7 +142,7 @@ _INTERLEAVED = (
     "helium",
 )
 # Multi-head latent attention: a head is what latent vectors give, then what rotates.
-_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+_LATENT = ("axk1", "deepseek_v3", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu")
 
 _RECURRENT_PLAIN = (
     *("bamba", "falcon_h1", "lfm2", "lfm3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
@@ -134,6 +156,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_LATENT, Family(rotates_last=True)),
     **dict.fromkeys(("exaone4", "exaone_moe", "kolibri1"), Family(uses_rope=_slides_or_all_full)),
     **dict.fromkeys(("afmoe", "flint"), Family(uses_rope=_slides)),
+    **dict.fromkeys(("muse_glimmer_text", "muse_spark_text"), Family(uses_rope=_has_theta)),
+    "ernie4_5_vl_moe_text": Family(rope=_ernie_vl_rope),
     **dict.fromkeys(
         ("granite_swa", "granitemoe_swa"), Family(rotary=_rotary_of_theta, uses_rope=_has_theta)
     ),
@@ -185,6 +209,7 @@ FAMILIES: dict[str, Family] = {
         query_scale=_llama4_scale,
         switched_off=("attn_temperature_tuning",),
     ),
+    "lara_mini": Family(uses_rope=_slides, is_recurrent=True),
     "longcat_flash": Family(attention=("self_attn.0", "self_attn.1"), rotates_last=True),
     "ministral3": Family(reads_positions=True),
     "mistral4": Family(rotates_last=True, reads_positions=True),
@@ -221,6 +246,7 @@ FAMILIES: dict[str, Family] = {
         ),
         is_recurrent=True,
     ),
+    "molmo2_text": Family(rotary=_rotary_of_layer),
     "moshi": Family(rotary=lambda decoder, index: decoder.layers[index].self_attn.rotary_emb),
     "smollm3": Family(uses_rope=lambda attention: bool(attention.use_rope)),
     # A few attention modules, each of which serves several layers.
@@ -263,6 +289,9 @@ WRAPPERS: tuple[str, ...] = (
     *("mistral3", "moss_transcribe_diarize", "pp_chart2table", "qianfan_ocr"),
     *("qwen2_5_vl", "qwen2_audio", "qwen2_vl"),
     *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm"),
+    *("apertus1p5", "deepseek_ocr2", "ernie4_5_vl_moe", "fast_vlm", "fun_asr_nano"),
+    *("granite4_vision", "lfm3_vl", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni"),
+    *("omniasr", "ovis2", "perception_lm", "qwen3_asr", "step3p7", "vibevoice_asr"),
     *("video_llama_3", "video_llava", "vipllava", "voxtral"),
 )
 

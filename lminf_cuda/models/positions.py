@@ -98,10 +98,11 @@ def padding_mask(mask: Any) -> Any:
     A model around the decoder may have put it through `causal_padding_mask`, for each kind of layer
     once. What is something else is returned as it is, for `locate_tokens` to refuse.
     """
-    if not isinstance(mask, dict) or not mask:
+    masks = mask if isinstance(mask, dict) else {None: mask}
+    if not masks:
         return mask
-    first = next(iter(mask.values()))
-    for other in mask.values():
+    first = next(iter(masks.values()))
+    for other in masks.values():
         if other is not first and not (
             isinstance(first, Tensor) and isinstance(other, Tensor) and torch.equal(first, other)
         ):
@@ -109,7 +110,7 @@ def padding_mask(mask: Any) -> Any:
     is_padding = isinstance(first, Tensor) and first.ndim == 4 and first.shape[1:3] == (1, 1)
     if is_padding and first.dtype == torch.bool:
         return first[:, 0, 0]
-    return first if first is None and len(mask) > 1 else mask
+    return first if first is None and len(masks) > 1 else mask
 
 
 def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tensor | None) -> None:
