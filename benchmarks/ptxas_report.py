@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c"]
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -78,7 +78,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 def compile_one(source: Path, architecture: str) -> list[Kernel]:
     """The kernels of one source file on one architecture; ends the run when nvcc fails."""
     with tempfile.TemporaryDirectory() as folder:
-        output = str(Path(folder) / "out.o")
+        output = str(Path(folder) / "out.cubin")
         target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
         command = ["nvcc", *FLAGS, target, str(source), "-o", output]
         done = subprocess.run(command, capture_output=True, text=True)
