@@ -3,6 +3,7 @@
 # make test-all     the Python tests, every combination
 # make cpp-test     the C++ tests of csrc/core, of the emulation and of the PTX wrappers
 # make lint         ruff, clang-format, mypy
+# make dev          installs the package, editable, and the tools for working on it
 # make constraints  renews constraints.txt, the versions of what is installed here
 # make clean        removes what was built
 #
@@ -12,7 +13,8 @@
 #   make demo TORCH="torch --index-url <address of an index with CPU builds>"
 #
 # The CUDA kernels are built for the GPUs of the machine. Where there is none, CUDA=1 builds them for
-# all architectures, TORCH_CUDA_ARCH_LIST=9.0 for those it names; once built they are kept.
+# all architectures, TORCH_CUDA_ARCH_LIST=9.0 for those it names. What is built is kept by later
+# targets; it is built anew when the sources are newer or something else is asked for.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -31,17 +33,18 @@ installed := $(VENV)/.lminf-installed
 installed_dev := $(VENV)/.lminf-installed-dev
 pip_install := $(BIN)/python -m pip install -c constraints.txt
 
-# What is asked for by name is built anew when something else was.
+# What is asked for by name, if anything; without a GPU that is needed for CUDA kernels.
 asked := $(strip $(if $(CUDA)$(TORCH_CUDA_ARCH_LIST),cuda $(TORCH_CUDA_ARCH_LIST)))
 ifneq ($(asked),)
+cuda := LMINF_FORCE_CUDA_BUILD=1
 ifneq ($(asked),$(shell cat $(installed) 2>/dev/null))
 .PHONY: $(installed)
 endif
 else ifeq ($(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null),)
-cpu_alone := LMINF_SKIP_CUDA_BUILD=1
+cuda := LMINF_SKIP_CUDA_BUILD=1
 endif
 
-.PHONY: demo test test-all cpp-test lint constraints clean
+.PHONY: demo test test-all cpp-test lint dev constraints clean
 
 demo: $(installed)
 	$(BIN)/lminf demo
@@ -67,11 +70,14 @@ lint: $(installed_dev)
 	$(BIN)/clang-format --dry-run -Werror $(cpp_files)
 	$(BIN)/mypy
 
+dev: $(installed_dev)
+
 constraints: | $(BIN)/python
-	$(BIN)/python tools/constraints.py $(TORCH)
+	PYTHON=$(BIN)/python tools/constraints.sh $(firstword $(TORCH))
 
 clean:
 	rm -rf .venv build dist *.egg-info lminf_cuda/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(installed) $(installed_dev)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -81,11 +87,12 @@ $(BIN)/cmake: | $(BIN)/python
 
 $(installed): $(build_inputs) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-ifdef cpu_alone
-	@echo "No GPU in this machine: building the CPU kernels alone, about $(cpu_minutes) min. With the CUDA kernels: make $(MAKECMDGOALS) CUDA=1"
+ifeq ($(cuda),LMINF_SKIP_CUDA_BUILD=1)
+	@echo "No GPU here: building the CPU kernels alone, in a minute or two. The CUDA kernels too," \
+	  "in ten: make demo CUDA=1; for one architecture, in three: TORCH_CUDA_ARCH_LIST=9.0 make demo"
 endif
-	$(cpu_alone) $(pip_install) -e .
-	echo "$(asked)" > $@
+	$(cuda) $(pip_install) -e .
+	@echo "$(asked)" > $@
 
 # The package is there already: only its extra's packages are installed.
 $(installed_dev): $(installed)

@@ -125,8 +125,12 @@ def main() -> int:
         if HOPPER not in source.name or architecture == HOPPER_ARCHITECTURE
     ]
     workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    found = []
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(lambda job: compile_one(*job), jobs))
+        tasks = pool.map(lambda job: compile_one(*job), jobs)
+        for (source, architecture), kernels_of_one in zip(jobs, tasks, strict=True):
+            print(f"{source.name} for sm_{architecture}", file=sys.stderr, flush=True)
+            found.append(kernels_of_one)
     kernels = sorted(
         (kernel for part in found for kernel in part),
         key=lambda kernel: (

@@ -9,6 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 "$python" -m pip install --quiet uv
+new=$(mktemp)
+trap 'rm -f "$new"' EXIT
 
 {
   cat << 'HEADER'
@@ -23,5 +25,5 @@ HEADER
   "$python" -m uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate \
     --extra dev pyproject.toml <(printf '%s\n' "$@") |
     sed -E '/^(torch|triton|setuptools|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/d'
-} > constraints.new
-mv constraints.new constraints.txt
+} > "$new"
+cp "$new" constraints.txt
