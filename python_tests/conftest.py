@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-QUICK = "every pair of parameter values, not every combination: `make test-all` runs these"
+QUICK = "every pair of parameter values, and no slow tests; `make test-all` runs all of them"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help=f"of the parameter grids {QUICK}")
+    parser.addoption("--quick", action="store_true", help=f"of parameter grids {QUICK}")
 
 
 def pytest_report_header() -> str:
@@ -25,33 +25,37 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     if config.getoption("--quick"):
-        terminalreporter.write_line(f"--quick: of the parameter grids {QUICK}")
+        terminalreporter.write_line(f"--quick: of parameter grids {QUICK}")
 
 
 def parameters(item: pytest.Function) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
+def quick(items: Sequence[pytest.Function]) -> set[pytest.Function]:
+    """Of each test that is not slow the cases that pairwise.py keeps, and one of those skipped."""
+    grids: dict[tuple[str, bool], list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            skipped = any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif"))
+            grids[item.nodeid.split("[")[0], skipped].append(item)
+    chosen: set[pytest.Function] = set()
+    for (_, skipped), grid in grids.items():
+        kept = [0] if skipped else pairwise.kept([parameters(item) for item in grid])
+        chosen |= {grid[index] for index in kept}
+    return chosen
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
-    """With --quick, of each test the cases that pairwise.py keeps, and one of those skipped."""
     for item in items:
         values = parameters(item)
         if values.get("backend") == "emulated_sm90" and values.get("dtype") == torch.float32:
-            item.add_marker(
-                pytest.mark.skipif(True, reason="the kernel for Hopper takes 16-bit elements")
-            )
-    if not config.getoption("--quick"):
-        return
-    grids: dict[tuple[str, bool], list[pytest.Function]] = defaultdict(list)
-    for item in items:
-        skipped = any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif"))
-        grids[item.nodeid.split("[")[0], skipped].append(item)
-    quick: set[pytest.Function] = set()
-    for (_, skipped), grid in grids.items():
-        cases = [parameters(item) for item in grid]
-        quick |= {grid[index] for index in ([0] if skipped else pairwise.kept(cases))}
-    config.hook.pytest_deselected(items=[item for item in items if item not in quick])
-    items[:] = [item for item in items if item in quick]
+            reason = "the kernel for Hopper takes 16-bit elements"
+            item.add_marker(pytest.mark.skipif(True, reason=reason))
+    if config.getoption("--quick"):
+        chosen = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
 
 
 _CUDA = (
