@@ -294,6 +294,16 @@ def _warm_up(model: Any, tokens: torch.Tensor) -> None:
     _synchronize(tokens.device)
 
 
+def _progress(total: int, label: str) -> tqdm:
+    """Tokens done and the time left: a bar on a terminal, a line every 10 s in a log."""
+    if sys.stderr.isatty():
+        options: dict[str, Any] = dict(leave=False)
+    else:
+        text = "{desc}: {n_fmt} of {total_fmt} tokens, {remaining} left\n"
+        options = dict(leave=False, delay=10, mininterval=10, bar_format=text)
+    return tqdm(total=total, desc=label, unit="tok", unit_scale=True, **options)
+
+
 @torch.inference_mode()
 def stream(
     model: Any,
@@ -320,9 +330,7 @@ def stream(
     nats: list[np.ndarray] = []
     seconds, cache_bytes = 0.0, 0
     with_cache = cache_keyword(model, cache)
-    with tqdm(
-        total=bounds[-1][1], desc=label, unit="tok", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with _progress(bounds[-1][1], label) as bar:
         for start, end in bounds:
             trace.stopped = stop(end, seconds, cache_bytes)
             if trace.stopped:
@@ -382,9 +390,7 @@ def recompute(
     windows = baseline_windows(len(tokens), train_length, stride)
     batch_size = max(1, BASELINE_BATCH_TOKENS // train_length)
     keep_bos = bos_token_id is not None and int(tokens[0]) == bos_token_id
-    with tqdm(
-        total=len(tokens) - 1, desc=label, unit="tok", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with _progress(len(tokens) - 1, label) as bar:
         for batch in _batches(windows, batch_size):
             began = time.perf_counter()
             inputs = torch.stack([tokens[start : end - 1] for start, _, end in batch])
