@@ -148,7 +148,8 @@ def with_hopper(architectures: str) -> str:
 
 def duration(architectures: int) -> str:
     """How long a build takes, roughly."""
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    asked = os.environ.get("MAX_JOBS", "")
+    jobs = max(1, int(asked) if asked.isdecimal() else os.cpu_count() or 1)
     seconds = max(
         (CPU_SECONDS + architectures * ARCHITECTURE_SECONDS) / jobs,
         LONGEST_SECONDS * max(1, architectures),
