@@ -33,10 +33,11 @@ installed := $(VENV)/.lminf-installed
 installed_dev := $(VENV)/.lminf-installed-dev
 pip_install := $(BIN)/python -m pip install -c constraints.txt
 
-# What is asked for by name, if anything; without a GPU that is needed for CUDA kernels.
-asked := $(strip $(if $(CUDA)$(TORCH_CUDA_ARCH_LIST),cuda $(TORCH_CUDA_ARCH_LIST)))
+# What is asked for by name, if anything; without a GPU no CUDA kernels are built unasked.
+asked := $(strip $(if $(CUDA)$(LMINF_FORCE_CUDA_BUILD)$(TORCH_CUDA_ARCH_LIST),\
+  cuda $(TORCH_CUDA_ARCH_LIST)))
 ifneq ($(asked),)
-cuda := LMINF_FORCE_CUDA_BUILD=1
+cuda := $(if $(CUDA),LMINF_FORCE_CUDA_BUILD=1)
 ifneq ($(asked),$(shell cat $(installed) 2>/dev/null))
 .PHONY: $(installed)
 endif
