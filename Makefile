@@ -1,13 +1,20 @@
-# make demo      the demonstration on the shipped model (a few minutes)
-# make test      the Python tests
-# make cpp-test  the C++ tests of csrc/core, of the emulation and of the PTX wrappers
-# make lint      ruff, clang-format, mypy
-# make clean     removes what was built
+# make demo         the demonstration on the shipped model (a few minutes)
+# make test         the Python tests, of the parameter grids every pair of values
+# make test-all     the Python tests, every combination
+# make cpp-test     the C++ tests of csrc/core, of the emulation and of the PTX wrappers
+# make lint         ruff, clang-format, mypy
+# make dev          installs the package, editable, and the tools for working on it
+# make constraints  renews constraints.txt, the versions of what is installed here
+# make clean        removes what was built
 #
 # Each sets up what it needs: Python 3.10+ and a C++17 compiler are enough. Packages go into the
 # active virtual environment, or into .venv where none is active. An installed torch is kept;
 # otherwise TORCH says what pip installs, its options included:
 #   make demo TORCH="torch --index-url <address of an index with CPU builds>"
+#
+# The CUDA kernels are built for the GPUs of the machine. Where there is none, CUDA=1 builds them for
+# all architectures, TORCH_CUDA_ARCH_LIST=9.0 for those it names. What is built is kept by later
+# targets; it is built anew when the sources are newer or something else is asked for.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -19,18 +26,34 @@ BUILD := build/cmake
 EMULATION := build/emulation
 
 cpp_files := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | sort)
-build_inputs := $(cpp_files) setup.py pyproject.toml tools/build_backend.py
+build_inputs := $(cpp_files) setup.py pyproject.toml constraints.txt tools/build_backend.py
 
-# Stamps: the package is installed, and so are the tools for working on it.
+# Stamps: the package is installed, with what it was built for inside; the tools for working on it.
 installed := $(VENV)/.lminf-installed
 installed_dev := $(VENV)/.lminf-installed-dev
+pip_install := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test cpp-test lint clean
+# What is asked for by name, if anything; without a GPU no CUDA kernels are built unasked.
+asked := $(strip $(if $(CUDA)$(LMINF_FORCE_CUDA_BUILD)$(TORCH_CUDA_ARCH_LIST),\
+  cuda $(TORCH_CUDA_ARCH_LIST)))
+ifneq ($(asked),)
+cuda := $(if $(CUDA),LMINF_FORCE_CUDA_BUILD=1)
+ifneq ($(asked),$(shell cat $(installed) 2>/dev/null))
+.PHONY: $(installed)
+endif
+else ifeq ($(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null),)
+cuda := LMINF_SKIP_CUDA_BUILD=1
+endif
+
+.PHONY: demo test test-all cpp-test lint dev constraints clean
 
 demo: $(installed)
 	$(BIN)/lminf demo
 
 test: $(installed_dev)
+	$(BIN)/python -m pytest --quick $(PARALLEL)
+
+test-all: $(installed_dev)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 cpp-test: $(BIN)/cmake
@@ -48,21 +71,31 @@ lint: $(installed_dev)
 	$(BIN)/clang-format --dry-run -Werror $(cpp_files)
 	$(BIN)/mypy
 
+dev: $(installed_dev)
+
+constraints: | $(BIN)/python
+	PYTHON=$(BIN)/python tools/constraints.sh $(firstword $(TORCH))
+
 clean:
 	rm -rf .venv build dist *.egg-info lminf_cuda/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(installed) $(installed_dev)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/cmake: | $(BIN)/python
-	$(BIN)/python -m pip install cmake ninja nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
+	$(pip_install) cmake ninja nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl
 
 $(installed): $(build_inputs) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e .
-	touch $@
+ifeq ($(cuda),LMINF_SKIP_CUDA_BUILD=1)
+	@echo "No GPU here: building the CPU kernels alone, in a minute or two. The CUDA kernels too," \
+	  "in ten: make demo CUDA=1; for one architecture, in three: TORCH_CUDA_ARCH_LIST=9.0 make demo"
+endif
+	$(cuda) $(pip_install) -e .
+	@echo "$(asked)" > $@
 
-$(installed_dev): $(build_inputs) | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -e ".[dev]"
-	touch $(installed) $@
+# The package is there already: only its extra's packages are installed.
+$(installed_dev): $(installed)
+	$(pip_install) "lminf_cuda[dev]"
+	touch $@

@@ -5,11 +5,13 @@ wheel built once serves later versions of both. MAX_JOBS limits the number of co
 
 The CUDA kernels are built where a CUDA compiler is found: by CUDA_HOME or CUDA_PATH, on PATH, or in
 the PyPI packages nvidia-cuda-nvcc and nvidia-cuda-runtime. Neither a GPU nor a torch with CUDA is
-needed: a CPU-only torch loads the same wheel. TORCH_CUDA_ARCH_LIST chooses the architectures,
+needed: a CPU-only torch loads the same wheel. They are built for the GPUs in the machine, where
+there is none for all of CUDA_ARCHITECTURES, or for those that TORCH_CUDA_ARCH_LIST names.
 LMINF_SKIP_CUDA_BUILD=1 leaves the CUDA kernels out, LMINF_FORCE_CUDA_BUILD=1 ends the build where
-there is no compiler for them.
+there is no compiler for them. One line says what is built and how long it takes.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -34,6 +36,10 @@ CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # 9.0 gains whole kernels: `with_hopper`.
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
+
+# Seconds of one core of 2023: for the CPU kernels, for the CUDA kernels on one architecture, and
+# the longest of the source files on one architecture, which no number of cores makes shorter.
+CPU_SECONDS, ARCHITECTURE_SECONDS, LONGEST_SECONDS = 150, 170, 50
 
 
 def flag(name: str) -> bool:
@@ -78,8 +84,8 @@ def check_compiler(home: Path) -> None:
         )
 
 
-def default_architectures(home: Path) -> str:
-    """Those of CUDA_ARCHITECTURES that this compiler knows, the newest as PTX too."""
+def known_architectures(home: Path) -> list[str]:
+    """Those of CUDA_ARCHITECTURES that this compiler knows."""
     listed = subprocess.run([home / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True)
     known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in listed.stdout]
     if not known:
@@ -88,7 +94,45 @@ def default_architectures(home: Path) -> str:
             f"{', '.join(CUDA_ARCHITECTURES)}; name others in TORCH_CUDA_ARCH_LIST, or set "
             "LMINF_SKIP_CUDA_BUILD=1"
         )
-    return ";".join(known) + "+PTX"
+    return known
+
+
+def gpus() -> list[str]:
+    """Compute capabilities of the GPUs in this machine, each once, as the driver's tool tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True).stdout
+    return sorted(set(re.findall(r"^\d+\.\d+$", told, re.MULTILINE)), key=version)
+
+
+def version(architecture: str) -> tuple[int, ...]:
+    """10.0 is newer than 9.0."""
+    return tuple(map(int, architecture.split(".")))
+
+
+def serving(gpu: str, known: list[str]) -> str | None:
+    """The architecture to build for a GPU: the newest that is not newer than it is; as PTX where it
+    is of an older generation, whose machine code does not run there. None for a GPU too old."""
+    older = [a for a in known if version(a) <= version(gpu)]
+    if not older:
+        return None
+    return older[-1] if version(older[-1])[0] == version(gpu)[0] else older[-1] + "+PTX"
+
+
+def architectures(known: list[str]) -> tuple[str, str]:
+    """What to build for in the manner of TORCH_CUDA_ARCH_LIST, or nothing; and why."""
+    found = gpus()
+    served = [name for name in dict.fromkeys(serving(gpu, known) for gpu in found) if name]
+    if served:
+        return ";".join(served), f"the GPUs of this machine ({', '.join(found)})"
+    if found and not flag("LMINF_FORCE_CUDA_BUILD"):
+        return "", f"the GPUs of this machine ({', '.join(found)}) are older than {known[0]}"
+    return ";".join(known) + "+PTX", (
+        "no GPU is in this machine; TORCH_CUDA_ARCH_LIST=9.0 builds for one architecture, "
+        "LMINF_SKIP_CUDA_BUILD=1 the CPU kernels alone"
+    )
 
 
 def with_hopper(architectures: str) -> str:
@@ -102,25 +146,58 @@ def with_hopper(architectures: str) -> str:
     return ";".join(names)
 
 
-def cuda_toolkit() -> Path | None:
-    """Where to build the CUDA kernels from, or None; what was decided is said in one line."""
+def duration(architectures: int) -> str:
+    """How long a build takes, roughly."""
+    asked = os.environ.get("MAX_JOBS", "")
+    jobs = max(1, int(asked) if asked.isdecimal() else os.cpu_count() or 1)
+    seconds = max(
+        (CPU_SECONDS + architectures * ARCHITECTURE_SECONDS) / jobs,
+        LONGEST_SECONDS * max(1, architectures),
+    )
+    return f"about {max(1, round(seconds / 60))} min with MAX_JOBS={jobs}"
+
+
+def cuda_toolkit() -> tuple[Path | None, str]:
+    """Where to build the CUDA kernels from, or None for the CPU kernels alone, and that in one
+    line. Sets TORCH_CUDA_ARCH_LIST, which torch reads."""
+    alone = f"building the CPU kernels alone, {duration(0)}"
     if flag("LMINF_SKIP_CUDA_BUILD"):
-        print("lminf_cuda: LMINF_SKIP_CUDA_BUILD is set: building the CPU kernels alone")
-        return None
+        return None, f"LMINF_SKIP_CUDA_BUILD is set: {alone}"
     home = find_cuda()
     if home is None:
         text = "no CUDA compiler (nvcc with its headers) by CUDA_HOME, on PATH or from PyPI"
         if flag("LMINF_FORCE_CUDA_BUILD"):
             raise SystemExit(f"lminf_cuda: LMINF_FORCE_CUDA_BUILD is set, but there is {text}")
-        print(f"lminf_cuda: {text}: building the CPU kernels alone")
-        return None
+        return None, f"{text}: {alone}"
     check_compiler(home)
-    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_architectures(home)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = with_hopper(chosen)
-    print(f"lminf_cuda: CUDA from {home} for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    chosen, why = os.environ.get("TORCH_CUDA_ARCH_LIST"), "TORCH_CUDA_ARCH_LIST"
+    if not chosen:
+        chosen, why = architectures(known_architectures(home))
+    if not chosen:
+        return None, f"{why}: {alone}"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = chosen = with_hopper(chosen)
     # A CPU-only torch looks for no toolkit; then it builds with this one all the same.
     cpp_extension.CUDA_HOME = str(home)
-    return home
+    count = len(chosen.split(";"))
+    return home, f"building CUDA kernels with {home} for {chosen}, {duration(count)} ({why})"
+
+
+class Build(BuildExtension):
+    """torch's, that keeps its objects and is heard."""
+
+    line = ""
+
+    def finalize_options(self) -> None:
+        """A wheel after an editable installation, or a build after an edit, compiles what is new
+        alone."""
+        super().finalize_options()
+        self.build_temp = "build/objects"
+
+    def run(self) -> None:
+        """Says on the terminal what is built: pip shows nothing of a build that succeeds."""
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\nlminf_cuda: {self.line}", file=terminal)
+        super().run()
 
 
 def files(pattern: str) -> list[str]:
@@ -132,7 +209,8 @@ def files(pattern: str) -> list[str]:
 def extension() -> Extension:
     """The extension with the CPU kernels, and the CUDA kernels where they can be built. The CPU
     kernels choose their instruction set at run time, so no machine flag is passed here."""
-    home = cuda_toolkit()
+    home, Build.line = cuda_toolkit()
+    print(f"lminf_cuda: {Build.line}")
     sources = files("cpu/*.cpp") + files("torch/*.cpp") + files("cuda/*.cpp")
     macros = [("TORCH_TARGET_VERSION", TORCH_ABI)]
     folders: dict[str, list[str]] = {}
@@ -162,8 +240,9 @@ def extension() -> Extension:
     )
 
 
-setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[extension()],
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c"]
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -78,7 +78,7 @@ def demangle(names: list[str]) -> dict[str, str]:
 def compile_one(source: Path, architecture: str) -> list[Kernel]:
     """The kernels of one source file on one architecture; ends the run when nvcc fails."""
     with tempfile.TemporaryDirectory() as folder:
-        output = str(Path(folder) / "out.o")
+        output = str(Path(folder) / "out.cubin")
         target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
         command = ["nvcc", *FLAGS, target, str(source), "-o", output]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -125,8 +125,12 @@ def main() -> int:
         if HOPPER not in source.name or architecture == HOPPER_ARCHITECTURE
     ]
     workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    found = []
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(lambda job: compile_one(*job), jobs))
+        tasks = pool.map(lambda job: compile_one(*job), jobs)
+        for (source, architecture), kernels_of_one in zip(jobs, tasks, strict=True):
+            print(f"{source.name} for sm_{architecture}", file=sys.stderr, flush=True)
+            found.append(kernels_of_one)
     kernels = sorted(
         (kernel for part in found for kernel in part),
         key=lambda kernel: (

@@ -358,6 +358,11 @@ def demo(
         evaluation.check_lengths([train_length, longest], len(text))
     make_folder(out)
     lengths = evaluation.default_lengths(train_length, longest)
+    screen.print(
+        f"reading {longest:,} tokens in three ways (65,536 take one to two minutes on two cores; "
+        "--longest sets how many)",
+        highlight=False,
+    )
     result = run_evaluation(loaded, text, lengths, vanilla_seconds=vanilla_seconds)
 
     prompt = content[:DEMO_PROMPT]

@@ -1,16 +1,61 @@
 """Fixtures that every test file shares."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import emulated
+import pairwise
 import pytest
 import torch
 import transformers
 
+QUICK = "every pair of parameter values, and no slow tests; `make test-all` runs all of them"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"of parameter grids {QUICK}")
+
 
 def pytest_report_header() -> str:
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.getoption("--quick"):
+        terminalreporter.write_line(f"--quick: of parameter grids {QUICK}")
+
+
+def parameters(item: pytest.Function) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def quick(items: Sequence[pytest.Function]) -> set[pytest.Function]:
+    """Of each test that is not slow the cases that pairwise.py keeps, and one of those skipped."""
+    grids: dict[tuple[str, bool], list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            skipped = any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif"))
+            grids[item.nodeid.split("[")[0], skipped].append(item)
+    chosen: set[pytest.Function] = set()
+    for (_, skipped), grid in grids.items():
+        kept = [0] if skipped else pairwise.kept([parameters(item) for item in grid])
+        chosen |= {grid[index] for index in kept}
+    return chosen
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
+    for item in items:
+        values = parameters(item)
+        if values.get("backend") == "emulated_sm90" and values.get("dtype") == torch.float32:
+            reason = "the kernel for Hopper takes 16-bit elements"
+            item.add_marker(pytest.mark.skipif(True, reason=reason))
+    if config.getoption("--quick"):
+        chosen = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
 
 
 _CUDA = (

@@ -55,7 +55,6 @@ def test_a_token_is_a_byte(tokenizer):
     assert tokenizer.decode(tokens) == text
 
 
-@pytest.mark.slow
 def test_it_reads_its_text_as_well_as_the_card_says(result):
     """Within 0.15 nats: the card's loss is a mean over all of the text, this one over its start."""
     facts = json.loads((DEMO_MODEL / "training.json").read_text())
@@ -63,7 +62,6 @@ def test_it_reads_its_text_as_well_as_the_card_says(result):
     assert sum(cut) / len(cut) == pytest.approx(facts["held_out_nats_per_byte"], abs=0.15)
 
 
-@pytest.mark.slow
 def test_lm_infinite_stays_fluent_where_vanilla_does_not(result):
     for length in LENGTHS[1:]:
         ours, cut = (result.row(m, length).nats_per_token for m in (ev.LM_INFINITE, ev.CUT))

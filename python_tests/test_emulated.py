@@ -255,6 +255,7 @@ def test_speed():
     assert time.perf_counter() - start < 3.0
 
 
+@pytest.mark.slow
 def test_cpp_tests_pass():
     """The planted faults are caught, and every PTX wrapper's host body is right."""
     folder = emulated.ROOT / "build" / "emulation"
