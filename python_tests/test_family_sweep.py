@@ -85,7 +85,7 @@ def test_the_page_and_the_readme_name_the_families() -> None:
     recurrent = listed(page, "With recurrent or convolution layers")
     around = listed(page, "Around a language model")
     types = {*plain, *recurrent}
-    assert types <= set(FAMILIES)
+    assert types <= set(FAMILIES), "run family_sweep.py"
     # The others exist inside of models in WRAPPERS alone.
     assert not (set(FAMILIES) - types) & set(all_types())
     assert set(WRAPPERS) - set(around) <= set(RAISES_UNPATCHED)
