@@ -7,6 +7,7 @@ resolve.py        what patch_model's arguments come to, layer by layer (settings
 family.py         where a model type may differ from Llama; families.py: where each of them does
 own_forwards.py   forwards for attention modules that do not ask transformers' interface
 rope.py           rotary embeddings: what is read off them, and what takes their place
+forward_state.py  the state of one forward, which lives in that forward
 positions.py      what one forward is given: its checks, and where its tokens stand
 generation.py     what generate() asks of a patched model
 middle.py         middle tokens, and the memory that they need
