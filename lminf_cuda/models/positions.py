@@ -79,10 +79,11 @@ def causal_padding_mask(
     """
     if not allow_is_causal_skip:  # so that something else than causality may be in it
         rows = torch.arange(batch_size, device=device)[:, None]
-        end = min(q_offset + q_length, kv_offset + kv_length - 1)
-        queries = torch.arange(q_offset, end, device=rows.device)[None]
-        seen = mask_function(rows, torch.zeros_like(rows), queries, queries + 1 - kv_offset)
-        sees_ahead = torch.as_tensor(seen).any()
+        queries = torch.arange(q_offset, q_offset + q_length, device=rows.device)[None]
+        keys = queries + 1 - kv_offset  # of each query's next token, which the last one lacks
+        # In this form the check holds for an exported model of any length.
+        seen = mask_function(rows, torch.zeros_like(rows), queries, keys.clamp(max=kv_length - 1))
+        sees_ahead = (torch.as_tensor(seen) & (keys < kv_length)).any()
         if torch.compiler.is_compiling():
             torch._assert_async(~sees_ahead, _NO_LOOK_AHEAD)
         elif bool(sees_ahead):
