@@ -236,7 +236,9 @@ def locate_tokens(
                 f"attention_mask has {attention_mask.shape[0]} rows; it must have {batch_size}, as "
                 "the input has"
             )
-        if attention_mask.shape[1] != n_old + n_tokens:
+        if torch.compiler.is_exporting():
+            torch._check(attention_mask.shape[1] == n_old + n_tokens)
+        elif attention_mask.shape[1] != n_old + n_tokens:
             raise ValueError(
                 f"attention_mask has {attention_mask.shape[1]} columns; it must have "
                 f"{n_old + n_tokens}: {n_old} in the cache and {n_tokens} new ones"

@@ -22,7 +22,6 @@ W window, C ring capacity, G n_global.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 
-@dataclass(eq=False)
 class Progress:
     """What all layers of a cache share.
 
@@ -54,10 +52,56 @@ class Progress:
             `forget`, before `seen` shrinks or `slack` grows.
     """
 
-    seen: int = 0
-    in_forward: bool = False
-    slack: int = 0
-    lost: int = 0
+    def __init__(self) -> None:
+        self.in_forward = False
+        self.slack = 0
+        self._seen = 0
+        self._lost = 0
+        self._unread: Tensor | None = None
+
+    @property
+    def seen(self) -> int:
+        """See above."""
+        self._read()
+        return self._seen
+
+    @seen.setter
+    def seen(self, seen: int) -> None:
+        self._read()
+        self._seen = seen
+
+    @property
+    def lost(self) -> int:
+        """See above."""
+        self._read()
+        return self._lost
+
+    @lost.setter
+    def lost(self, lost: int) -> None:
+        self._read()
+        self._lost = lost
+
+    def counts(self) -> Tensor:
+        """`seen` and `lost` as a tensor, int64 [2] on the CPU."""
+        if self._unread is not None:
+            return self._unread
+        counts = (self._seen, self._lost)
+        if all(type(count) is int for count in counts):
+            return torch.tensor(counts, device="cpu")
+        # Of a program that is being traced.
+        return torch.stack([torch.full((), n, dtype=torch.int64, device="cpu") for n in counts])
+
+    def set_counts(self, counts: Tensor) -> None:
+        """Takes over what `counts()` has given, and reads it when it is asked for."""
+        self._unread = counts
+
+    def _read(self) -> None:
+        if self._unread is None:
+            return
+        counts, self._unread = self._unread, None
+        self._seen, self._lost = (count.item() for count in counts.unbind())  # type: ignore[assignment]
+        if type(self._seen) is not int:  # a step that is being exported follows other tokens
+            torch._check(self._seen > 0)
 
     def forget(self) -> None:
         """Notes what the rings have overwritten so far."""
@@ -306,20 +350,40 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         Padding lands in slots that the row has not reached yet: they hold nothing, and are not read
         before a token of the row overwrites them.
         """
-        rope = self.settings.rope
+        if torch.compiler.is_exporting():
+            self._store_ring_by_slots(k, v, first)
+            return
         start = max(k.shape[2] - self.capacity, 0)
         k, v = k[:, :, start:], v[:, :, start:]
         positions = first[:, None] + torch.arange(start, start + k.shape[2], device=k.device)
-        if rope is not None:
-            k = torch.ops.lminf.clamped_rope.default(
-                k,
-                positions,
-                rope.inv_freq_on(k.device),
-                scaling=rope.scaling,
-                interleaved=rope.interleaved,
-            )
-        for ring, new in ((self.ring_k, k), (self.ring_v, v)):
+        for ring, new in ((self.ring_k, self._rotated(k, positions)), (self.ring_v, v)):
             _put(ring, positions, new)
+
+    def _rotated(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Keys k [B, Hkv, n, D] rotated to `positions`, int64 [B, n]."""
+        rope = self.settings.rope
+        if rope is None:
+            return k
+        rotated: Tensor = torch.ops.lminf.clamped_rope.default(
+            k,
+            positions,
+            rope.inv_freq_on(k.device),
+            scaling=rope.scaling,
+            interleaved=rope.interleaved,
+        )
+        return rotated
+
+    def _store_ring_by_slots(self, k: Tensor, v: Tensor, first: Tensor) -> None:
+        """The same, in a form that an exported program can have for any number of new keys."""
+        slots = torch.arange(self.capacity, device=k.device)
+        last = first[:, None] + k.shape[2] - 1
+        positions = last - (last - slots) % self.capacity  # [B, C]: the slots' last ones
+        source = positions - first[:, None]  # which new token belongs to the slot
+        is_new = ((source >= 0) & (positions >= 0))[:, None, :, None]
+        source = source.clamp(0, k.shape[2] - 1)[:, None, :, None]
+        k, v = (x.gather(2, source.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+        for ring, new in ((self.ring_k, self._rotated(k, positions)), (self.ring_v, v)):
+            ring.copy_(torch.where(is_new, new, ring))
 
     def grow(self, slack: int, next_positions: Tensor) -> None:
         """Moves the ring to one of window + slack slots, before `progress.slack` says so.
