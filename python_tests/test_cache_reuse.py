@@ -17,7 +17,7 @@ from family_sweep import tiny
 from tiny_models import one_thread, tiny_model, tokens
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.models.cache.layers import recurrent_layers_are_known
+from lminf_cuda.models.compat import recurrent_layers_are_known
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE, LambdaSettings
 
 SETTINGS = {"n_global": 3, "window": 12}
@@ -226,3 +226,17 @@ def test_compiled_step_with_a_loaded_cache() -> None:
     got = [compiled(token, past_key_values=cache).logits for token in ids[:, 20:].split(1, dim=1)]
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=TOLERANCE)
     torch._dynamo.reset()
+
+
+def test_layers_that_differ_in_shape() -> None:
+    """Of a config that tells such sizes for each layer alone."""
+    model = patch_model(tiny("gemma4_text"), **SETTINGS)
+    shape = settings_of(model).shape
+    assert shape["head_dim"]
+    cache = model(tokens(1, 20), use_cache=True).past_key_values
+    twin = patch_model(tiny("gemma4_text"), **SETTINGS)
+    twin(tokens(1, 1), past_key_values=copy.deepcopy(cache))
+    settings_of(twin).shape["head_dim"] = 17
+    settings_of(twin).seal()
+    with pytest.raises(ValueError, match=r"head_dim is .* in it and 17 in the model"):
+        twin(tokens(1, 1), past_key_values=cache)

@@ -33,8 +33,15 @@ _SHOWN = 3  # differences in one message
 
 def model_shape(config: Any) -> dict[str, Any]:
     """A decoder's sizes, as far as its config tells."""
-    sizes = {name: getattr(config, name, None) for name in _SHAPE_NAMES}
+    sizes = {name: _size(config, name) for name in _SHAPE_NAMES}
     return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _size(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers gives none of the whole model where layers differ in it
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _plain(value: Any) -> Any:

@@ -34,8 +34,8 @@ class LambdaCache(Cache, Writable):
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
     over several calls (multi-turn chat, chunks of a long text). An encoder-decoder takes it as the
-    first part of `EncoderDecoderCache(LambdaCache(model), DynamicCache())`. It can be copied, pickled,
-    and be an input and an output of an exported program (export.py).
+    first part of `EncoderDecoderCache(LambdaCache(model), DynamicCache())`. It can be copied and
+    pickled, and it can be an input and an output of an exported program (export.py).
 
     Args:
         model: a model patched by `patch_model`, whose settings the cache takes.
