@@ -96,6 +96,8 @@ def test_tangents(op: str, name: str) -> None:
     x = arguments(op)[name]
     with pytest.raises(RuntimeError, match=NO_TANGENT.format(op)):
         torch.func.jvp(lambda x: call(op, {name: x}), (x,), (torch.ones_like(x),))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=NO_TANGENT.format(op)):
+        torch.func.jvp(lambda x: call(op, {name: x}), (x,), (torch.ones_like(x),))
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=NO_TANGENT.format(op)):
         call(op, {name: forward_ad.make_dual(x, torch.ones_like(x))})
 

@@ -18,7 +18,8 @@ using torch::stable::Tensor;
 
 // Throws std::runtime_error where one of the tensors wants a derivative and gradients are on. Only
 // Python can tell (the op lminf::why_no_derivative of ops.py), and it is asked only then: under
-// torch.no_grad() and torch.inference_mode() this costs nothing.
+// torch.no_grad() and torch.inference_mode() this costs nothing. Under torch.no_grad() a tangent of
+// forward_ad.dual_level() therefore passes unnoticed; one of torch.func.jvp does not (ops.py).
 inline void refuse_derivatives(const char* op, std::vector<Tensor> tensors,
                                std::initializer_list<const std::optional<Tensor>*> options) {
   for (const auto* option : options) {
