@@ -17,7 +17,7 @@ from family_sweep import tiny
 from tiny_models import one_thread, tiny_model, tokens
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.models.cache.layers import recurrent_layers_are_known
+from lminf_cuda.models.compat import recurrent_layers_are_known
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE, LambdaSettings
 
 SETTINGS = {"n_global": 3, "window": 12}

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from lminf_cuda import LambdaCache, patch_model
-from lminf_cuda.models.cache.layers import recurrent_layers_are_known
+from lminf_cuda.models.compat import recurrent_layers_are_known
 from lminf_cuda.models.writable import Writable
 
 N_GLOBAL, WINDOW = 3, 12

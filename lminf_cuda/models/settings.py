@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import config_value
 from .rope import Rope
 
 __all__ = ["SETTINGS_ATTRIBUTE", "LambdaSettings", "LayerSettings", "model_shape"]
@@ -33,7 +34,7 @@ _SHOWN = 3  # differences in one message
 
 def model_shape(config: Any) -> dict[str, Any]:
     """A decoder's sizes, as far as its config tells."""
-    sizes = {name: getattr(config, name, None) for name in _SHAPE_NAMES}
+    sizes = {name: config_value(config, name) for name in _SHAPE_NAMES}
     return {name: size for name, size in sizes.items() if size is not None}
 
 
