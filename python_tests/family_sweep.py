@@ -238,6 +238,9 @@ _AROUND: dict[str, dict[str, Any]] = {
         "image_token_offset": VOCAB - 16,
         "audio_token_offset": VOCAB - 8,
     },
+    "chameleon": {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48}
+    | {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    | {"max_position_embeddings": 64, "vocabulary_map": {"<image>": VOCAB - 1}},
     "emu3": {"vocabulary_map": {"<image>": VOCAB - 1}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "fuyu": {"patch_size": 2},
@@ -255,7 +258,7 @@ _AROUND: dict[str, dict[str, Any]] = {
 
 OLDEST = "5.4.0"
 NOT_IN_OLDEST = {
-    *("aya_vision", "bamba", "cohere2", "cohere2_vision", "ernie4_5", "ernie4_5_moe"),
+    *("aya_vision", "bamba", "chameleon", "cohere2", "cohere2_vision", "ernie4_5", "ernie4_5_moe"),
     *("ernie4_5_vl_moe", "falcon_h1", "gemma3n", "gemma3n_text", "granitemoehybrid", "jamba"),
     *("lfm2", "lfm2_moe", "lfm2_vl", "moshi", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3"),
     *("olmo_hybrid", "olmoe", "paddleocr_vl", "phimoe", "qwen3_5", "qwen3_5_moe"),

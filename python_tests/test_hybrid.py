@@ -22,7 +22,9 @@ N_GLOBAL, WINDOW, NEW = 3, 12, 5
 # one whose layers share an attention module.
 RECURRENT = ("lfm2", "qwen3_next", "bamba", "falcon_h1", "zaya", "zamba2")
 SHARING = ("gemma3n_text", "gemma4_text")
-TOLERANCE = 2e-4  # a chunk is summed in another order than single tokens
+# A chunk is summed in another order than single tokens, and the float32 logits of such a model are
+# off by up to 5e-4 from its float64 ones.
+TOLERANCE = 1e-3
 
 pytestmark = pytest.mark.skipif(
     not recurrent_layers_are_known(), reason="this transformers' caches know no such layers"

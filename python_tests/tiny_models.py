@@ -220,7 +220,8 @@ def tiny_model(name: str = "llama", **overrides: Any) -> Any:
 def randomize(model: Any, attention_gain: float = 2.0) -> Any:
     """Weights far from uniform attention, with logits of order 1; no gradients, no dropout.
 
-    Norms' weights and biases of attention modules are not all 1 or all 0, as they begin.
+    Norms' weights and biases of attention modules are not all 1 or all 0, as they begin; those of
+    recurrent layers, whose states would round more, are.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -229,7 +230,7 @@ def randomize(model: Any, attention_gain: float = 2.0) -> Any:
             if parameter.ndim > 1:
                 gain = attention_gain if is_attention else 1.0
                 parameter.normal_(0.0, gain * parameter.shape[-1] ** -0.5)
-            elif is_attention and parameter.ndim == 1:
+            elif is_attention and parameter.ndim == 1 and "linear_attn" not in parameter_name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval().requires_grad_(False)
 

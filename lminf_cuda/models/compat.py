@@ -34,6 +34,7 @@ __all__ = [
     "attention_name",
     "cache_argument",
     "cache_keyword",
+    "config_value",
     "has_keywords",
     "move_cache",
     "parameter_names",
@@ -178,6 +179,14 @@ HOOKS = "_hf_hook"
 
 class _Unknown:
     """Stands for a class that an old version does not have."""
+
+
+def config_value(config: Any, name: str) -> Any:
+    """An attribute of a config, None if it has none; a list where it differs from layer to layer,
+    as in Gemma 4, whose config refuses to tell it then."""
+    if name in (getattr(config, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    return getattr(config, name, None)
 
 
 # What a model with other layers than attention keeps of them.

@@ -114,16 +114,15 @@ def _has_theta(module: Any) -> bool:
 
 
 _PLAIN = (
-    *("apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "cwm", "exaone", "flex_olmo"),
-    *("gemma", "gemma2", "sarvam_moe"),
-    *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe"),
-    *("gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared"),
-    *("hy_v3", "hyperclovax", "internlm3", "iquestcoder"),
-    *("jais2", "laguna", "llama", "mellum", "mimo_v2_flash", "minimax_m2", "ministral"),
-    *("deepseek_ocr2_text", "granite4_vision_text", "step3p5"),
-    *("emu3_text_model", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"),
-    *("persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
-    *("solar_open", "stablelm", "starcoder2", "vaultgemma", "dots1"),
+    *("apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "chameleon", "cwm"),
+    *("deepseek_ocr2_text", "dots1", "emu3_text_model", "exaone", "flex_olmo", "gemma", "gemma2"),
+    *("gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "glm4_moe", "gpt_oss"),
+    *("granite", "granite4_vision_text", "granite_docling_text", "granitemoe", "granitemoeshared"),
+    *("hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "laguna", "llama", "mellum"),
+    *("mimo_v2_flash", "minimax_m2", "ministral", "mistral", "mixtral", "nemotron", "olmo"),
+    *("olmo2", "olmo3", "olmoe", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
+    *("qwen3_moe", "sarvam_moe", "seed_oss", "solar_open", "stablelm", "starcoder2", "step3p5"),
+    "vaultgemma",
 )
 # Language models in WRAPPERS that place images in three dims, and texts like any other.
 _MROPE = (
@@ -278,21 +277,19 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
 
 # Models around a language model of FAMILIES, which also see or hear.
 WRAPPERS: tuple[str, ...] = (
-    *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5"),
-    *("cohere_compass", "cosmos3_edge", "cosmos3_omni", "emu3", "gemma3n", "glm46v", "glm_ocr"),
-    *("glmga", "granite_docling", "janus", "llama4", "mllama", "paddleocr_vl"),
-    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
-    *("fuyu", "gemma3", "gemma4", "gemma4_unified", "glm4v", "glm4v_moe", "glmasr"),
-    *("got_ocr2", "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2"),
-    *("idefics3", "internvl", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava", "llava_next"),
-    *("llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"),
-    *("mistral3", "moss_transcribe_diarize", "pp_chart2table", "qianfan_ocr"),
-    *("qwen2_5_vl", "qwen2_audio", "qwen2_vl"),
-    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm"),
-    *("apertus1p5", "deepseek_ocr2", "ernie4_5_vl_moe", "fast_vlm", "fun_asr_nano"),
-    *("granite4_vision", "lfm3_vl", "molmo2", "muse_glimmer", "muse_spark", "nemotron_h_omni"),
-    *("omniasr", "ovis2", "perception_lm", "qwen3_asr", "step3p7", "vibevoice_asr"),
-    *("video_llama_3", "video_llava", "vipllava", "voxtral"),
+    *("apertus1p5", "aria", "aya_vision", "chameleon", "cohere2_vision", "cohere_compass"),
+    *("cosmos3_edge", "cosmos3_omni", "deepseek_ocr2", "deepseek_vl", "deepseek_vl_hybrid", "emu3"),
+    *("ernie4_5_vl_moe", "exaone4_5", "fast_vlm", "fun_asr_nano", "fuyu", "gemma3", "gemma3n"),
+    *("gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga"),
+    *("got_ocr2", "granite4_vision", "granite_docling", "granite_speech", "granite_speech_plus"),
+    *("hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl"),
+    *("lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video"),
+    *("llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3", "mllama"),
+    *("molmo2", "moss_transcribe_diarize", "muse_glimmer", "muse_spark", "nemotron_h_omni"),
+    *("omniasr", "ovis2", "paddleocr_vl", "perception_lm", "pp_chart2table", "qianfan_ocr"),
+    *("qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe"),
+    *("qwen3_asr", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm"),
+    *("step3p7", "vibevoice_asr", "video_llama_3", "video_llava", "vipllava", "voxtral"),
 )
 
 

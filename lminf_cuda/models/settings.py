@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compat import config_value
 from .rope import Rope
 
 __all__ = ["SETTINGS_ATTRIBUTE", "LambdaSettings", "LayerSettings", "model_shape"]
@@ -33,15 +34,8 @@ _SHOWN = 3  # differences in one message
 
 def model_shape(config: Any) -> dict[str, Any]:
     """A decoder's sizes, as far as its config tells."""
-    sizes = {name: _size(config, name) for name in _SHAPE_NAMES}
+    sizes = {name: config_value(config, name) for name in _SHAPE_NAMES}
     return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _size(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # transformers gives none of the whole model where layers differ in it
-        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _plain(value: Any) -> Any:
@@ -194,7 +188,8 @@ class LambdaSettings:
             f"{name} is {a!r} in it and {b!r} in the model"
             for name, a, b in self.differences(model)
         ]
-        if not found:
+        if not found:  # but roundings
+            self.fingerprint = model.fingerprint
             return
         more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise ValueError(
