@@ -4,7 +4,8 @@
 
 Ends with 1 when a kernel spills or has a stack frame, and for the kernels for Hopper, which are
 built for 90a alone, also when ptxas runs their wgmma one after the other, ignores how they share
-out registers, or gives them more at launch than that counts on. Needs nvcc, no GPU.
+out registers, or gives them more at launch than that counts on. On other architectures than the two
+that the kernels are shaped for, a fault is shown and no more. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ COMPLAINT = re.compile(r".*(?:wgmma.*serialized|setmaxnreg.*ignored).*", re.IGNO
 
 HOPPER = "sm90"  # in the names of their files
 HOPPER_ARCHITECTURE = "90a"
+SHAPED_FOR = ("80", HOPPER_ARCHITECTURE)
 HOPPER_THREADS = 384  # kSm90Threads (csrc/cuda/sm90_tiles.h)
 HOPPER_REGISTERS = 65536 // HOPPER_THREADS // 8 * 8  # kSm90LaunchRegisters
 
@@ -113,7 +115,7 @@ def compile_one(source: Path, architecture: str) -> list[Kernel]:
 def main() -> int:
     """Compile everything, print and write the table; 1 when something has a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--architectures", nargs="+", default=["80", HOPPER_ARCHITECTURE])
+    parser.add_argument("--architectures", nargs="+", default=SHAPED_FOR)
     parser.add_argument("--csv", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
@@ -150,7 +152,8 @@ def main() -> int:
             writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
             writer.writeheader()
             writer.writerows(asdict(kernel) for kernel in kernels)
-    return 0 if kernels and not any(kernel.fault for kernel in kernels) else 1
+    failed = any(kernel.fault and kernel.architecture in SHAPED_FOR for kernel in kernels)
+    return 0 if kernels and not failed else 1
 
 
 if __name__ == "__main__":

@@ -321,7 +321,7 @@ def test_no_square_mask() -> None:
     assert 0 < largest.numel < length * length // 4
 
 
-@pytest.mark.parametrize("model_type", ["t5", "umt5"])
+@pytest.mark.parametrize("model_type", ["t5", pytest.param("umt5", marks=pytest.mark.slow)])
 def test_compiled_decoder(model_type: str) -> None:
     """One graph for a text read at once, and steps of a cache as they are without."""
     model = patched(model_type)

@@ -35,7 +35,16 @@ def single_threaded() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("model_type", [*sorted(FAMILIES), *sorted(WRAPPERS)])
+# One type for each way in which a family is served, and some that hold a language model.
+BY_FAMILY = {repr(family): name for name, family in sorted(FAMILIES.items())}
+QUICK = {*BY_FAMILY.values(), *sorted(WRAPPERS)[::10]}
+MODEL_TYPES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in [*sorted(FAMILIES), *sorted(WRAPPERS)]
+]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_family(model_type: str) -> None:
     if model_type not in [*all_types(), *all_wrappers()]:
         pytest.skip("this transformers does not have the type")

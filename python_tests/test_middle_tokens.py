@@ -14,7 +14,8 @@ from test_cache import left_padded
 from tiny_models import definition, one_thread, tiny_model, tokens
 from torch import Tensor, nn
 
-from lminf_cuda import LambdaCache, middle, patch_model, reference
+from lminf_cuda import LambdaCache, patch_model, reference
+from lminf_cuda.models import middle
 from lminf_cuda.models.settings import LayerSettings
 
 N_GLOBAL, WINDOW, TOP_K, FROM_LAYER = 3, 12, 4, 1

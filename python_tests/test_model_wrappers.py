@@ -158,7 +158,7 @@ def test_pickle_stands_alone(name: str) -> None:
     assert torch.equal(vanilla, build(name)(tokens(1, 40)).logits)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama4_text"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama4_text", marks=pytest.mark.slow)])
 def test_pickle_in_another_process(name: str, tmp_path: Path) -> None:
     """A cache goes with its model, and is refused by the first one that is patched there."""
     model = patch_model(build(name), **SETTINGS)
