@@ -1,7 +1,7 @@
 """Every causal LM of the installed transformers, patched: worked, refused, or wrong.
 
     python python_tests/family_sweep.py    # writes docs/families.md and the README's count of
-                                           # them, unless run with the oldest
+                                           # them, with the newest tested transformers
     python python_tests/family_sweep.py llama gpt_oss   # prints the rows of these types
 
 A type that patch_model takes is built with a tiny config and random weights, and has worked when
@@ -45,7 +45,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.models.compat import recurrent_layers_are_known
+from lminf_cuda.models.compat import TESTED, recurrent_layers_are_known
 from lminf_cuda.models.families import ENCODER_DECODERS, FAMILIES, WRAPPERS, find_decoder
 
 N_GLOBAL, WINDOW = 3, 12
@@ -256,7 +256,7 @@ _AROUND: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCAB - 1},
 }
 
-OLDEST = "5.4.0"
+OLDEST, NEWEST = TESTED
 NOT_IN_OLDEST = {
     *("aya_vision", "bamba", "chameleon", "cohere2", "cohere2_vision", "ernie4_5", "ernie4_5_moe"),
     *("ernie4_5_vl_moe", "falcon_h1", "gemma3n", "gemma3n_text", "granitemoehybrid", "jamba"),
@@ -644,7 +644,7 @@ def main() -> None:
         for model_type in asked or [*all_types(), *sorted(wrappers - set(all_types()))]:
             rows[model_type] = verdict(model_type, verbose="-v" in sys.argv)
             print(model_type, *rows[model_type], flush=True)
-    if not asked and transformers.__version__ != OLDEST:
+    if not asked and transformers.__version__ == NEWEST:
         write(rows)
     if any(found == "wrong" for found, _ in rows.values()):
         sys.exit(1)
