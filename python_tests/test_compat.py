@@ -4,7 +4,7 @@ it noticed where it does not? A renamed argument is adapted to or refused, never
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -267,6 +267,34 @@ def test_a_layer_that_attends_in_another_way_raises(use_cache: bool) -> None:
     with pytest.raises(RuntimeError, match=r"of 2 attention layers 1 came to Λ attention.*tested"):
         model(ids, use_cache=use_cache)
     assert running() is None
+
+
+class _MoreOptions(modeling_llama.LlamaAttention):
+    """What a softcap and learned sinks would look like, were they called something else."""
+
+    more: ClassVar[dict[str, Any]] = {}
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        assert modeling_llama.ALL_ATTENTION_FUNCTIONS
+        return super().forward(hidden_states, **kwargs, **self.more)
+
+
+@pytest.mark.parametrize("more", [{"sinks": torch.zeros(4)}, {"logit_cap": 30.0}], ids=str)
+def test_an_option_of_another_name_raises(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model(), tokens(1, 20)
+    model.model.layers[1].self_attn.__class__ = _MoreOptions
+    patch_model(model, n_global=2, window=12)
+    expected = model(ids).logits
+    monkeypatch.setattr(_MoreOptions, "more", {"is_sliding": False, "size": 3, "nothing": None})
+    assert torch.equal(model(ids).logits, expected)
+    monkeypatch.setattr(_MoreOptions, "more", more)
+    with pytest.raises(RuntimeError, match=rf"_MoreOptions hands {next(iter(more))} to .*tested"):
+        model(ids)
+    # What the caller of the model adds is the caller's.
+    monkeypatch.setattr(_MoreOptions, "more", {})
+    assert torch.equal(model(ids, **more).logits, expected)
 
 
 def test_a_layer_that_comes_twice_raises(monkeypatch: pytest.MonkeyPatch) -> None:

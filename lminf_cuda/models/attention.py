@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .compat import versions
 from .forward_state import ForwardState, running
 from .middle import add_middle_tokens
 from .positions import causal_padding_mask
@@ -114,7 +115,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     lminf_forward: ForwardState | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The AttentionInterface function `lminf`.
 
@@ -128,6 +129,7 @@ def _attention(
         softcap: of the scores.
         s_aux: a learned logit of each head that joins the softmax's denominator, [Hq].
         lminf_forward: the state of the decoder's forward, where that hands keywords on.
+        others: what does not bear on Λ attention; see `_check_heeded`.
 
     Returns:
         [B, S, Hq, D], and None for the attention weights.
@@ -138,8 +140,34 @@ def _attention(
         )
     if lminf_forward is None:
         lminf_forward = running()
+    _check_heeded(module, lminf_forward, others)
     options = {"scale": scaling, "softcap": softcap or 0.0, "sink_logits": s_aux}
     return _attend(module, query, key, value, lminf_forward, options), None
+
+
+# Of what attention modules add to the keywords: what the state of the forward knows better.
+_KNOWN_BETTER = ("position_ids", "cache_position")
+
+
+def _check_heeded(module: nn.Module, state: ForwardState | None, others: dict[str, Any]) -> None:
+    """Refuses a number or a tensor that an attention module adds and this function does not know.
+
+    It may belong into the scores, as a sink or a softcap under another name does.
+
+    Raises:
+        RuntimeError: there is one, that did not come from the caller of the decoder.
+        ValueError: the layer is not causal.
+    """
+    for name, value in others.items():
+        if not isinstance(value, Tensor | float) or name in _KNOWN_BETTER:
+            continue
+        if state is None or name not in state.given:
+            raise RuntimeError(
+                f"{type(module).__name__} hands {name} to its attention function, and Λ attention "
+                f"does not know that; {versions()}"
+            )
+    if others.get("is_causal") is False:
+        raise ValueError(f"{type(module).__name__} is not causal, and Λ attention is")
 
 
 def attend_in_forward(

@@ -37,6 +37,7 @@ class ForwardState:
         is_right_padded: some row ends with padding.
         late_rows: bool [B], the rows whose first columns in the cache were padding alone; None for
             none.
+        given: the names of what the decoder's forward is given.
         met: the cache layers that attention layers have met so far, in their order.
         n_attended: calls of the attention function so far.
         owner: the patch whose forward it is.
@@ -49,6 +50,7 @@ class ForwardState:
     is_decode: bool
     is_right_padded: bool
     late_rows: Tensor | None = None
+    given: tuple[str, ...] = ()
     met: list[int] = field(default_factory=list)
     n_attended: int = 0
     owner: Any = None

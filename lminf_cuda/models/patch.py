@@ -234,6 +234,7 @@ class _Patch:
         if self.family.reads_positions and state.first is not None:
             columns = torch.arange(state.n_tokens, device=state.first.device)
             kwargs["position_ids"] = (state.first[:, None] + columns).clamp(min=0)
+        state.given = tuple(kwargs)
         if self.hands_on:
             kwargs[STATE_KEYWORD] = state
         if self.family.cross_attends:
