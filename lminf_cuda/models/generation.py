@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .cache import LambdaCache
-from .compat import DRAFTS_BY, GENERATION_CACHE, MAKES_CACHE, MAKES_MASK, PAGED, move_cache
+from .compat import (
+    DRAFTS_BY,
+    GENERATION_CACHE,
+    MAKES_CACHE,
+    MAKES_MASK,
+    PAGED,
+    move_cache,
+    versions,
+)
 from .settings import SETTINGS_ATTRIBUTE
 
 __all__ = ["OVERRIDES", "lambda_cache", "new_cache"]
@@ -57,7 +65,7 @@ def lambda_cache(model: Any, cache: Any) -> LambdaCache:
     if not isinstance(own, LambdaCache):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}; a patched model takes {wanted}: leave "
-            f"the argument out, or pass {way_out}"
+            f"the argument out, or pass {way_out} ({versions()})"
         )
     return own
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ... import ops as _ops  # registers torch.ops.lminf  # noqa: F401
-from ..compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer
+from ..compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer, versions
 from ..middle import MiddleStore, add_middle_tokens
 from ..settings import LambdaSettings, LayerSettings
 from ..writable import Writable, writable
@@ -220,7 +220,8 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         if not self.progress.in_forward:
             raise RuntimeError(
                 "a LambdaCache works only inside the forward of the model it was made for, while "
-                "that is patched; call patch_model(model) first, or pass another cache"
+                "that is patched; call patch_model(model) first, or pass another cache "
+                f"({versions()})"
             )
         return key_states, value_states
 
