@@ -111,7 +111,12 @@ class ForwardState:
 
 
 class _Traced:
-    """What runs while a graph is traced: Dynamo cannot trace a ContextVar, and runs no threads."""
+    """What runs while graphs are traced: Dynamo cannot trace a ContextVar.
+
+    Beside a forward that is one graph, with its hooks, this serves one of which parts are compiled
+    and parts are not. Of several threads in such parts the last one's forward stands here; another
+    one then misses layers or meets too many, which raises.
+    """
 
     def __init__(self) -> None:
         self.state: ForwardState | None = None
@@ -123,25 +128,29 @@ _running: ContextVar[ForwardState | None] = ContextVar("lminf_forward", default=
 
 def running() -> ForwardState | None:
     """The state of the forward that this thread is in, or None."""
-    return _traced.state if torch.compiler.is_compiling() else _running.get()
-
-
-def _set(state: ForwardState | None) -> None:
     if torch.compiler.is_compiling():
-        _traced.state = state
-    else:
-        _running.set(state)
+        return _traced.state
+    state = _running.get()
+    return _traced.state if state is None else state
 
 
 def enter(state: ForwardState, owner: Any) -> None:
     """Makes `state`, of `owner`'s forward, the one that is running, until `leave(owner)`."""
-    leave(owner)  # an interrupted forward's
-    state.owner, state.outer = owner, running()
-    _set(state)
+    state.owner = owner
+    if not torch.compiler.is_compiling():
+        leave(owner)  # an interrupted forward's
+        state.outer = _running.get()
+        _running.set(state)
+    _traced.state = state  # never read before it is written, in a graph: that would be guarded
 
 
 def leave(owner: Any) -> None:
     """Ends the forward of `owner`, if that is what is running."""
-    state = running()
+    if torch.compiler.is_compiling():
+        _traced.state = None
+        return
+    state = _running.get()
     if state is not None and state.owner is owner:
-        _set(state.outer)
+        _running.set(state.outer)
+    if _traced.state is not None and _traced.state.owner is owner:
+        _traced.state = _running.get()
