@@ -104,7 +104,7 @@ def test_the_versions_that_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
         ("5.100.0", False),
         ("6.0.0rc1", False),
     ):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(compat.transformers, "__version__", version)
         note = compat.version_note()
         assert (note is None) == is_inside, version
         if note is not None:
