@@ -258,10 +258,9 @@ def test_speed():
 @pytest.mark.slow
 def test_cpp_tests_pass():
     """The planted faults are caught, and every PTX wrapper's host body is right."""
-    folder = emulated.ROOT / "build" / "emulation"
     names = ["emulation_test", "emulation_sm90_test", "emulation_overlap_test"]
     names += ["ptx_sm80_test", "ptx_sm90_test"]
-    emulated.build(folder, *names)
+    folder = emulated.build(*names)
     for name in names:
         done = subprocess.run([folder / name], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
