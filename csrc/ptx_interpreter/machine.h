@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fault.h"
+#include "global_order.h"
 #include "order.h"
 #include "program.h"
 #include "tensor_copy.h"
@@ -29,6 +30,7 @@ struct Launch {
   bool overlaps = false;   // may start before the launch before it is done
   uint64_t triggered = 0;  // blocks that called griddepcontrol.launch_dependents
   uint64_t instructions = 0;
+  GlobalOrder global_order;
 };
 
 // Sixteen bytes or less on their way to shared memory (cp.async).
@@ -109,6 +111,7 @@ struct Mbarrier {
 
 struct Block {
   Launch* launch = nullptr;
+  uint64_t number = 0;  // in the grid
   Size3 index;
   std::vector<unsigned char> shared;
   std::vector<Warp> warps;

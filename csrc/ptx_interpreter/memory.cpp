@@ -94,6 +94,11 @@ unsigned char* global_bytes(const Site& site, uint64_t address, uint32_t bytes, 
               " global memory, and no griddepcontrol.wait comes before it in a launch that may "
               "overlap the one before it");
   }
+  if (const char* done = block.launch->global_order.access(address, bytes, writes, block.number)) {
+    fault(site.warp, site.instruction, site.lane,
+          std::string("race: ") + (writes ? "writes" : "reads") + " global memory at " +
+              hex(address) + ", which another block of this launch " + done);
+  }
   return reinterpret_cast<unsigned char*>(address);
 }
 

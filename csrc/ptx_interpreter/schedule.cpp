@@ -410,6 +410,7 @@ void run(Launch& launch) {
   for (const uint64_t number : blocks) {
     Block block;
     block.launch = &launch;
+    block.number = number;
     block.index = {static_cast<uint32_t>(number % launch.grid.x),
                    static_cast<uint32_t>(number / launch.grid.x % launch.grid.y),
                    static_cast<uint32_t>(number / launch.grid.x / launch.grid.y)};

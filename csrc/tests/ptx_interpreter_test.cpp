@@ -28,7 +28,7 @@ struct Result {
 };
 
 struct Options {
-  Size3 block{32, 1, 1};
+  Size3 grid{1, 1, 1}, block{32, 1, 1};
   std::vector<uint64_t> in = std::vector<uint64_t>(64);
   uint32_t shared_bytes = 1024;
   uint64_t seed = 0;
@@ -62,6 +62,7 @@ Result run(const std::string& body, const Options& options = {}) {
     Module module(text);
     Launch launch;
     launch.function = module.function("k");
+    launch.grid = options.grid;
     launch.block = options.block;
     launch.shared_bytes = options.shared_bytes;
     launch.overlaps = options.overlaps;
@@ -574,6 +575,25 @@ void test_dependent_launches() {
   }
 }
 
+// Blocks run one after another here; on a device nothing orders them.
+void test_blocks() {
+  Options two;
+  two.grid = {2, 1, 1};
+  const std::string own =  // a word for each thread of both blocks
+      "mov.u32 %r5, %ctaid.x; shl.b32 %r5, %r5, 8; cvt.u64.u32 %rd5, %r5; add.s64 %rd6, %rd4, "
+      "%rd5;\n"
+      "add.s64 %rd7, %rd3, %rd5; ld.global.u64 %rd8, [%rd7]; st.global.u64 [%rd6], %rd8;\n";
+  for (uint64_t seed = 0; seed < 3; ++seed) {
+    two.seed = seed;
+    check_sound(own + "ld.global.u64 %rd8, [%rd3];", two);
+    check_fault(own + "ld.global.u64 %rd8, [%rd4];", "which another block of this launch has", two);
+    check_fault("st.global.u64 [%rd4], %rd0;", "which another block of this launch has", two);
+    check_fault(
+        "ld.global.u64 %rd8, [%rd4]; setp.eq.s32 %p1, %r0, 0; @%p1 st.global.u64 [%rd4], %rd0;",
+        "which another block of this launch has", two);
+  }
+}
+
 }  // namespace
 }  // namespace lminf::test
 
@@ -593,5 +613,6 @@ int main() {
   test_bulk_copies();
   test_element_copies();
   test_dependent_launches();
+  test_blocks();
   return finish_tests("ptx_interpreter_test");
 }
