@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import emulated
 import pytest
 import torch
 from cases import DTYPES, call, check_lambda_attn, frequencies, options, qkv, randn
+from test_emulated import check_merge_overlaps
 from test_lambda_decode import Cache, step
 from test_middle_topk import case as middle_case
 
@@ -105,6 +108,58 @@ def test_another_order_gives_the_same_bits(backend, seed, head_dim):
 def kernels_named(part: str, target: str) -> list[tuple[str, str, str]]:
     """Target, name and body of each kernel whose name holds `part`."""
     return [x for x in emulated.module().kernel_texts() if x[0] == target and part in x[1]]
+
+
+@pytest.mark.parametrize("option", ["rope", "distance bias hides"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_merge_of_the_splits_overlaps_them(option, dtype):
+    check_merge_overlaps(option, dtype)
+
+
+# --- A driver that refuses, and what the launchers then do ---
+
+
+def attend_without_rope() -> str:
+    """Nothing is launched before the tensor maps are made. Returns the kernel that ran last."""
+    q, k, v = qkv(40, 50, dtype=torch.bfloat16)
+    emulated.module().take_launches()
+    with emulated.device(capability=90):
+        check_lambda_attn("ptx", q, k, v, n_global=0, window=20)
+    return emulated.module().take_launches()[-1]["kernel"]
+
+
+def test_a_thread_without_a_context_gets_one():
+    """The op may be its first CUDA work, and the driver's own calls bind none."""
+    attend_without_rope()  # the device's facts are known now
+    emulated.module().forget_context()
+    assert attend_without_rope() == "lambda_attn_sm90"
+
+
+@pytest.mark.parametrize("made_before", range(6))
+def test_a_tensor_that_the_driver_does_not_map_takes_the_other_kernel(made_before):
+    emulated.module().refuse_tensor_maps(calls=1, after=made_before)
+    # q, out, k, v, and v once more for the global tokens
+    assert attend_without_rope() == f"lambda_attn_sm{80 if made_before < 5 else 90}"
+    assert attend_without_rope() == f"lambda_attn_sm{90 if made_before < 5 else 80}"
+    assert attend_without_rope() == "lambda_attn_sm90"
+
+
+def test_a_driver_function_that_was_not_found_is_asked_for_again():
+    """In a process of its own: this one may have found it before."""
+    program = """
+import emulated, test_ptx
+with emulated.way("ptx"):
+    emulated.module().hide_entry_points(calls=1)
+    print(test_ptx.attend_without_rope(), test_ptx.attend_without_rope())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["lambda_attn_sm80", "lambda_attn_sm90"]
 
 
 # --- Planted faults: the PTX as text, changed in one place ---

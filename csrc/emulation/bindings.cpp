@@ -330,7 +330,7 @@ PYBIND11_MODULE(lminf_ptx, m) {
   m.def("restore_kernel_texts", &machine::restore_kernel_texts);
   m.def("decode_all", &machine::decode_all, "Raises at the first instruction that is not known.");
   m.def("forget_context", &machine::forget_context, "As on a thread before its first CUDA work.");
-  m.def("refuse_tensor_maps", &machine::refuse_tensor_maps, py::arg("calls"));
+  m.def("refuse_tensor_maps", &machine::refuse_tensor_maps, py::arg("calls"), py::arg("after"));
   m.def("hide_entry_points", &machine::hide_entry_points, py::arg("calls"));
 #endif
 }

@@ -56,8 +56,8 @@ void decode_all();
 
 // No context is current on this thread, as before its first CUDA work.
 void forget_context();
-// cuTensorMapEncodeTiled refuses so many calls from now on.
-void refuse_tensor_maps(int calls);
+// cuTensorMapEncodeTiled refuses so many calls, after so many more that it takes.
+void refuse_tensor_maps(int calls, int after);
 // cudaGetDriverEntryPointByVersion finds nothing, so many times from now on.
 void hide_entry_points(int calls);
 

@@ -11,7 +11,7 @@
 namespace lminf::interpreter {
 namespace {
 
-int refused_calls = 0, hidden_calls = 0;
+int taken_calls = 0, refused_calls = 0, hidden_calls = 0;
 
 uint8_t element_bytes(CUtensorMapDataType type) {
   switch (type) {
@@ -47,7 +47,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                       CUtensorMapFloatOOBfill fill) {
   if (!context_is_current()) return CUDA_ERROR_INVALID_CONTEXT;
-  if (refused_calls > 0) {
+  if (refused_calls > 0 && taken_calls-- <= 0) {
     --refused_calls;
     return CUDA_ERROR_INVALID_VALUE;
   }
@@ -92,7 +92,10 @@ void* tensor_map_entry_point(const char* symbol, unsigned version) {
   return reinterpret_cast<void*>(&encode_tiled);
 }
 
-void refuse_tensor_maps(int calls) { refused_calls = calls; }
+void refuse_tensor_maps(int calls, int after) {
+  refused_calls = calls;
+  taken_calls = after;
+}
 void hide_entry_points(int calls) { hidden_calls = calls; }
 
 }  // namespace lminf::interpreter
