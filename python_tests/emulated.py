@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,14 +76,27 @@ def cuda_headers() -> Path | None:
 
 
 def cuda_compiler() -> Path | None:
-    """A nvcc with its headers: by CUDA_HOME, on PATH, or of the PyPI packages nvidia-cuda-nvcc,
-    nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime and nvidia-cuda-cccl."""
+    """The nvcc of CUDA_HOME, on PATH, or of the PyPI packages nvidia-cuda-nvcc, nvidia-nvvm,
+    nvidia-cuda-crt, nvidia-cuda-runtime and nvidia-cuda-cccl."""
     homes = [Path(home) for home in map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")) if home]
     if nvcc := shutil.which("nvcc"):
         homes.append(Path(nvcc).parent.parent)
     for packages in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         homes += sorted(Path(packages).glob("nvidia/cu*"), reverse=True)
     return next((home / "bin/nvcc" for home in homes if (home / "bin/nvcc").is_file()), None)
+
+
+def compiler_headers(nvcc: Path) -> Path | None:
+    """Those of that compiler. What is on PATH may be a script that runs the real one, which says
+    where it stands."""
+    told = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    if top := re.search(r"TOP=(.+)", told.stderr):
+        folder = Path(top.group(1).strip()).resolve() / "include"
+        if (folder / "cuda_bf16.h").is_file():
+            return folder
+    return cuda_headers()
 
 
 def missing(name: str = "emulated") -> str | None:
@@ -106,9 +120,13 @@ def build(*targets: str, name: str = "emulated") -> Path:
     the folder."""
     folder = ROOT / WAYS[name].build
     configure = ["cmake", "-S", str(ROOT / WAYS[name].source), "-B", str(folder), "-G", "Ninja"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLMINF_CUDA_INCLUDE={cuda_headers()}"]
+    headers = cuda_headers()
     if name == "ptx":
-        configure += [f"-DLMINF_NVCC={cuda_compiler()}"]
+        nvcc = cuda_compiler()
+        assert nvcc is not None, missing(name)
+        headers = compiler_headers(nvcc)
+        configure += [f"-DLMINF_NVCC={nvcc}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DLMINF_CUDA_INCLUDE={headers}"]
     compile_ = ["cmake", "--build", str(folder), "--target", *targets]
     if jobs := os.environ.get("MAX_JOBS"):
         compile_ += ["-j", jobs]

@@ -114,8 +114,9 @@ const unsigned char* parameter_bytes(const Site& site, uint64_t offset, uint32_t
 
 namespace {
 
-// Of an access by a load or store, order included.
-unsigned char* accessed(const Site& site, uint64_t address, uint32_t bytes, bool writes) {
+// Of an access by a load or store, order included; a load may be of several lanes.
+unsigned char* accessed(const Site& site, LaneMask lanes, uint64_t address, uint32_t bytes,
+                        bool writes) {
   if (address % bytes != 0) {
     fault(site.warp, site.instruction, site.lane,
           "address " + hex(address) + " not aligned to " + std::to_string(bytes) + " bytes");
@@ -143,7 +144,7 @@ unsigned char* accessed(const Site& site, uint64_t address, uint32_t bytes, bool
       if (writes) {
         order.write(site, shared_offset(at), bytes);
       } else {
-        order.read(site, shared_offset(at), bytes);
+        order.read(site, lanes, shared_offset(at), bytes);
       }
       return memory;
     }
@@ -161,19 +162,35 @@ void load(Warp& warp, const Instruction& i, LaneMask lanes) {
   const auto count = static_cast<uint32_t>(i.out.size());
   const uint64_t* base = warp.row(i.address.row);
   uint64_t addresses[kLanes];  // a loaded register may be the address
+  const int first = first_lane(lanes);
+  bool is_one = i.space == Space::kShared;
   for_lanes(lanes, [&](int lane) {
     addresses[lane] = base[lane] + static_cast<uint64_t>(i.address.offset);
+    is_one &= addresses[lane] == addresses[first];
   });
-  for_lanes(lanes, [&](int lane) {
-    const unsigned char* from = accessed({warp, i, lane}, addresses[lane], bytes * count, false);
+  const auto value_at = [&](const unsigned char* from, uint32_t k) {
+    uint64_t value = 0;
+    std::memcpy(&value, from + bytes * k, bytes);
+    if (!is_signed(i.type)) return value;
+    const int unused = 64 - 8 * static_cast<int>(bytes);
+    return static_cast<uint64_t>(static_cast<int64_t>(value << unused) >> unused);
+  };
+  if (is_one) {  // a broadcast
+    const unsigned char* from =
+        accessed({warp, i, first}, lanes, addresses[first], bytes * count, false);
     for (uint32_t k = 0; k < count; ++k) {
-      uint64_t value = 0;
-      std::memcpy(&value, from + bytes * k, bytes);
-      if (is_signed(i.type)) {
-        const int unused = 64 - 8 * static_cast<int>(bytes);
-        value = static_cast<uint64_t>(static_cast<int64_t>(value << unused) >> unused);
-      }
-      if (i.out[k] >= 0) warp.row(i.out[k])[lane] = value;
+      if (i.out[k] < 0) continue;
+      uint64_t* to = warp.row(i.out[k]);
+      const uint64_t value = value_at(from, k);
+      for_lanes(lanes, [&](int lane) { to[lane] = value; });
+    }
+    return;
+  }
+  for_lanes(lanes, [&](int lane) {
+    const unsigned char* from =
+        accessed({warp, i, lane}, 1u << lane, addresses[lane], bytes * count, false);
+    for (uint32_t k = 0; k < count; ++k) {
+      if (i.out[k] >= 0) warp.row(i.out[k])[lane] = value_at(from, k);
     }
   });
 }
@@ -183,8 +200,9 @@ void store(Warp& warp, const Instruction& i, LaneMask lanes) {
   const auto count = static_cast<uint32_t>(i.in.size());
   const uint64_t* base = warp.row(i.address.row);
   for_lanes(lanes, [&](int lane) {
-    unsigned char* to = accessed(
-        {warp, i, lane}, base[lane] + static_cast<uint64_t>(i.address.offset), bytes * count, true);
+    unsigned char* to =
+        accessed({warp, i, lane}, 1u << lane, base[lane] + static_cast<uint64_t>(i.address.offset),
+                 bytes * count, true);
     for (uint32_t k = 0; k < count; ++k)
       std::memcpy(to + bytes * k, &warp.row(i.in[k])[lane], bytes);
   });

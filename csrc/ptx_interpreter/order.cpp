@@ -123,9 +123,8 @@ void Order::check_reads_seen(const Site& site, const Cell& cell, uint32_t offset
   }
 }
 
-void Order::add_read(const Site& site, Cell& cell, uint32_t actor, bool pending) const {
-  const uint32_t group = actor / kLanes;
-  const LaneMask bit = 1u << actor % kLanes;
+void Order::add_read(const Site& site, Cell& cell, uint32_t group, LaneMask lanes,
+                     bool pending) const {
   const uint32_t tick = pending ? kPending : site.warp.order.tick;
   // Whoever is ordered after this read is ordered after those it knows of.
   constexpr size_t kMany = 4;
@@ -137,20 +136,41 @@ void Order::add_read(const Site& site, Cell& cell, uint32_t actor, bool pending)
     cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), known), cell.reads.end());
   }
   for (Reads& r : cell.reads) {
-    if (r.group != group || r.tick != tick || (pending && r.lanes != bit)) continue;
-    r.lanes |= bit;
+    if (r.group != group || r.tick != tick || (pending && r.lanes != lanes)) continue;
+    r.lanes |= lanes;
     r.pending += pending;
     r.line = site.instruction.line;
     return;
   }
-  cell.reads.push_back({group, bit, tick, pending ? 1u : 0u, site.instruction.line});
+  cell.reads.push_back({group, lanes, tick, pending ? 1u : 0u, site.instruction.line});
 }
 
 void Order::read(const Site& site, uint32_t offset, uint32_t bytes) {
-  const uint32_t self = thread(site.warp, site.lane);
+  read(site, 1u << site.lane, offset, bytes);
+}
+
+void Order::read(const Site& site, LaneMask lanes, uint32_t offset, uint32_t bytes) {
+  const auto group = static_cast<uint32_t>(site.warp.index);
   for_cells(offset, bytes, false, [&](Cell& cell, uint32_t at) {
-    check_write_seen(site, Proxy::kGeneric, cell, false, at);
-    add_read(site, cell, self, false);
+    // Who has read this since it was written, and told nobody of anything since then.
+    for (const Reads& r : cell.reads) {
+      if (r.group == group && r.tick == site.warp.order.tick && (lanes & ~r.lanes) == 0) return;
+    }
+    // Lanes that know the same are asked once; the writer knows of itself anyway.
+    const Knowledge* asked = nullptr;
+    bool has_asked = false;
+    for (LaneMask left = lanes; left != 0; left &= left - 1) {
+      const int lane = first_lane(left);
+      const Knowledge* k = site.warp.order.lanes[lane].get();
+      if ((has_asked && k == asked) || cell.writer == thread(site.warp, lane)) continue;
+      check_write_seen({site.warp, site.instruction, lane}, Proxy::kGeneric, cell, false, at);
+      asked = k;
+      has_asked = true;
+    }
+    if (cell.write_tick == kPending) {
+      check_write_seen(site, Proxy::kGeneric, cell, false, at);  // one's own, too
+    }
+    add_read(site, cell, group, lanes, false);
   });
 }
 
@@ -189,7 +209,7 @@ void Order::end_write(uint32_t actor, uint32_t tick, uint32_t offset, uint32_t b
 void Order::begin_read(const Site& site, uint32_t actor, uint32_t offset, uint32_t bytes) {
   for_cells(offset, bytes, false, [&](Cell& cell, uint32_t at) {
     check_write_seen(site, Proxy::kAsync, cell, false, at);
-    add_read(site, cell, actor, true);
+    add_read(site, cell, actor / kLanes, 1u << actor % kLanes, true);
   });
 }
 

@@ -54,6 +54,8 @@ class Order {
 
   // --- Shared memory; offsets from its beginning ---
   void read(const Site& site, uint32_t offset, uint32_t bytes);
+  // By several lanes of the site's warp, the site's own among them.
+  void read(const Site& site, LaneMask lanes, uint32_t offset, uint32_t bytes);
   void write(const Site& site, uint32_t offset, uint32_t bytes);
   // Asynchronous: whatever touches the bytes before the end is a fault.
   void begin_write(const Site& site, uint32_t actor, Proxy proxy, uint32_t offset, uint32_t bytes);
@@ -102,7 +104,7 @@ class Order {
   void check_write_seen(const Site& site, Proxy proxy, const Cell& cell, bool writes,
                         uint32_t offset) const;
   void check_reads_seen(const Site& site, const Cell& cell, uint32_t offset) const;
-  void add_read(const Site& site, Cell& cell, uint32_t actor, bool pending) const;
+  void add_read(const Site& site, Cell& cell, uint32_t group, LaneMask lanes, bool pending) const;
   std::string name_of(const Site& site, uint32_t actor) const;
   Gathered nothing() const;
   static void join(Knowledge& into, const Knowledge& from);
