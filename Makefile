@@ -2,6 +2,8 @@
 # make test         the Python tests, of the parameter grids every pair of values
 # make test-all     the Python tests, every combination
 # make cpp-test     the C++ tests of csrc/core, of the emulation and of the PTX wrappers
+# make ptx-test     the op tests on the kernels' PTX, interpreted, where nvcc is; ptx-test-quick: a
+#                   part of them, with every kernel and every option
 # make lint         ruff, clang-format, mypy
 # make dev          installs the package, editable, and the tools for working on it
 # make constraints  renews constraints.txt, the versions of what is installed here
@@ -45,7 +47,7 @@ else ifeq ($(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/d
 cuda := LMINF_SKIP_CUDA_BUILD=1
 endif
 
-.PHONY: demo test test-all cpp-test lint dev constraints clean
+.PHONY: demo test test-all cpp-test ptx-test ptx-test-quick lint dev constraints clean
 
 demo: $(installed)
 	$(BIN)/lminf demo
@@ -64,6 +66,13 @@ cpp-test: $(BIN)/cmake
 	  -DPython_EXECUTABLE="$(abspath $(BIN))/python"
 	$(BIN)/cmake --build $(EMULATION)
 	$(BIN)/ctest --test-dir $(EMULATION) --output-on-failure
+
+# Where nvcc is; elsewhere every test is skipped and says so.
+ptx-test: $(installed_dev)
+	$(BIN)/python -m pytest $(PARALLEL) -m ptx python_tests
+
+ptx-test-quick: $(installed_dev)
+	$(BIN)/python -m pytest $(PARALLEL) --quick -m ptx python_tests
 
 lint: $(installed_dev)
 	$(BIN)/ruff check .

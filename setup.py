@@ -32,6 +32,8 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-wrapv", "-fvisibility=hidden", "-
 CXX_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
+OLDEST_CUDA = 12, 5  # its runtime has cudaGetDriverEntryPointByVersion
+
 # What an architecture's own code gains is its tuning of instructions; any newer one runs the PTX.
 # 9.0 gains whole kernels: `with_hopper`.
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -82,6 +84,21 @@ def check_compiler(home: Path) -> None:
             "PyPI, nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime must be "
             "of one version; or set LMINF_SKIP_CUDA_BUILD=1"
         )
+
+
+def check_version(home: Path) -> None:
+    """Ends the build in one line where the toolkit lacks what the kernels' launchers call."""
+    header = home / "include/cuda_runtime_api.h"
+    text = header.read_text(errors="replace") if header.is_file() else ""
+    if told := re.search(r"#define\s+CUDART_VERSION\s+(\d+)", text):
+        number = int(told.group(1))
+        found = number // 1000, number % 1000 // 10
+        if found < OLDEST_CUDA:
+            raise SystemExit(
+                f"lminf_cuda: the CUDA toolkit in {home} is {found[0]}.{found[1]}, but must be "
+                f"{OLDEST_CUDA[0]}.{OLDEST_CUDA[1]} or newer; name a newer one in CUDA_HOME, or "
+                "set LMINF_SKIP_CUDA_BUILD=1"
+            )
 
 
 def known_architectures(home: Path) -> list[str]:
@@ -169,6 +186,7 @@ def cuda_toolkit() -> tuple[Path | None, str]:
         if flag("LMINF_FORCE_CUDA_BUILD"):
             raise SystemExit(f"lminf_cuda: LMINF_FORCE_CUDA_BUILD is set, but there is {text}")
         return None, f"{text}: {alone}"
+    check_version(home)
     check_compiler(home)
     chosen, why = os.environ.get("TORCH_CUDA_ARCH_LIST"), "TORCH_CUDA_ARCH_LIST"
     if not chosen:

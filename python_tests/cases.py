@@ -46,12 +46,14 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> Any:
-    """torch.ops.lminf.<op>, or its emulation (on compute capability 9.0 for "emulated_sm90"); CPU
-    tensors in, CPU tensors out, writes in place."""
-    if backend == "emulated":
-        return getattr(emulated, op)(*args, **kwargs)
-    if backend == "emulated_sm90":
-        with emulated.device(capability=90, multiprocessors=3):
+    """torch.ops.lminf.<op>, or its CUDA kernels in one of the ways of emulated.py (on compute
+    capability 9.0 for "emulated_sm90" and "ptx_sm90"); CPU tensors in, CPU tensors out, writes in
+    place."""
+    way = backend.removesuffix("_sm90")
+    if way in emulated.WAYS:
+        with emulated.way(way), contextlib.ExitStack() as stack:
+            if way != backend:
+                stack.enter_context(emulated.device(capability=90, multiprocessors=3))
             return getattr(emulated, op)(*args, **kwargs)
     function = getattr(torch.ops.lminf, op)
     device = "cuda" if backend == "cuda" else "cpu"

@@ -33,14 +33,16 @@ def parameters(item: pytest.Function) -> dict[str, Any]:
 
 
 def quick(items: Sequence[pytest.Function]) -> set[pytest.Function]:
-    """Of each test that is not slow the cases that pairwise.py keeps, and one of those skipped."""
-    grids: dict[tuple[str, bool], list[pytest.Function]] = defaultdict(list)
+    """Of each test that is not slow the cases that pairwise.py keeps, and one of those skipped; for
+    the interpreted PTX, which has runs of its own, by themselves."""
+    grids: dict[tuple[str, bool, bool], list[pytest.Function]] = defaultdict(list)
     for item in items:
         if not item.get_closest_marker("slow"):
             skipped = any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif"))
-            grids[item.nodeid.split("[")[0], skipped].append(item)
+            is_ptx = item.get_closest_marker("ptx") is not None
+            grids[item.nodeid.split("[")[0], skipped, is_ptx].append(item)
     chosen: set[pytest.Function] = set()
-    for (_, skipped), grid in grids.items():
+    for (_, skipped, _), grid in grids.items():
         kept = [0] if skipped else pairwise.kept([parameters(item) for item in grid])
         chosen |= {grid[index] for index in kept}
     return chosen
@@ -49,7 +51,10 @@ def quick(items: Sequence[pytest.Function]) -> set[pytest.Function]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     for item in items:
         values = parameters(item)
-        if values.get("backend") == "emulated_sm90" and values.get("dtype") == torch.float32:
+        if (
+            values.get("backend") in ("emulated_sm90", "ptx_sm90")
+            and values.get("dtype") == torch.float32
+        ):
             reason = "the kernel for Hopper takes 16-bit elements"
             item.add_marker(pytest.mark.skipif(True, reason=reason))
     if config.getoption("--quick"):
@@ -66,15 +71,20 @@ _EMULATED = (
     pytest.mark.emulated,
     pytest.mark.skipif(emulated.missing() is not None, reason=f"emulation: {emulated.missing()}"),
 )
+_PTX = (
+    pytest.mark.ptx,
+    pytest.mark.skipif(emulated.missing("ptx") is not None, reason=f"{emulated.missing('ptx')}"),
+)
 
 
 def backend_params(*names: str) -> Sequence[Any]:
     """A fixture's params: backends as cases.call takes them, each with its marks."""
     marks = {"cpu": (), "emulated": _EMULATED, "emulated_sm90": _EMULATED, "cuda": _CUDA}
+    marks |= {"ptx": _PTX, "ptx_sm90": _PTX}
     return [pytest.param(name, marks=marks[name]) for name in names]
 
 
-@pytest.fixture(params=backend_params("cpu", "emulated", "cuda"))
+@pytest.fixture(params=backend_params("cpu", "emulated", "ptx", "cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """Name of the backend that the test calls the ops on, as cases.call takes it."""
     return request.param

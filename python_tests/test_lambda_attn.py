@@ -27,7 +27,9 @@ from lminf_cuda import reference
 HUGE = (1 << 63) - 1
 
 
-@pytest.fixture(params=backend_params("cpu", "emulated", "emulated_sm90", "cuda"))
+@pytest.fixture(
+    params=backend_params("cpu", "emulated", "emulated_sm90", "ptx", "ptx_sm90", "cuda")
+)
 def backend(request: pytest.FixtureRequest) -> str:
     """The shared fixture's backends, and the kernel for Hopper (not in float32: conftest)."""
     return request.param

@@ -80,6 +80,18 @@ def test_a_compiler_that_does_not_compile_ends_the_build_in_one_line(toolkit):
     assert "must be of one version" in line and "LMINF_SKIP_CUDA_BUILD=1" in line
 
 
+@pytest.mark.parametrize(("version", "fits"), [(12040, False), (12050, True), (13000, True)])
+def test_a_toolkit_too_old_ends_the_build_in_one_line(toolkit, version, fits):
+    header = toolkit / "include/cuda_runtime_api.h"
+    header.write_text(f"#define CUDART_VERSION  {version}\n")
+    done = configure()
+    assert (done.returncode == 0) == fits, done.stderr
+    if not fits:
+        [line] = done.stderr.strip().splitlines()
+        assert f"the CUDA toolkit in {toolkit} is 12.4, but must be 12.5 or newer" in line
+        assert "CUDA_HOME" in line and "LMINF_SKIP_CUDA_BUILD=1" in line
+
+
 def test_a_build_without_cuda_says_so():
     done = configure(LMINF_SKIP_CUDA_BUILD="1", MAX_JOBS="2")
     assert done.returncode == 0, done.stderr

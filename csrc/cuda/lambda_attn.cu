@@ -89,8 +89,11 @@ void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void
   const bool is_bf16 = params.dtype == DType::kBFloat16;
   switch (lambda_attn_kernel(params, device)) {
     case AttnKernel::kHopper:
-      return is_bf16 ? lambda_attn_sm90_bf16(sources, device.multiprocessors, stream)
-                     : lambda_attn_sm90_fp16(sources, device.multiprocessors, stream);
+      if (is_bf16 ? lambda_attn_sm90_bf16(sources, device.multiprocessors, stream)
+                  : lambda_attn_sm90_fp16(sources, device.multiprocessors, stream)) {
+        return;
+      }
+      [[fallthrough]];  // what TMA does not take, the other kernel reads by itself
     case AttnKernel::kTensorCore:
       return is_bf16 ? lambda_attn_sm80_bf16(sources, stream)
                      : lambda_attn_sm80_fp16(sources, stream);

@@ -11,9 +11,10 @@ namespace lminf::cuda {
 void lambda_attn_sm80_bf16(AttnSources sources, Stream stream);
 void lambda_attn_sm80_fp16(AttnSources sources, Stream stream);
 
-// The same on Hopper, by as many blocks as there are multiprocessors.
-void lambda_attn_sm90_bf16(AttnSources sources, int multiprocessors, Stream stream);
-void lambda_attn_sm90_fp16(AttnSources sources, int multiprocessors, Stream stream);
+// The same on Hopper, by as many blocks as there are multiprocessors. False, and nothing is
+// launched, where the driver refuses to describe one of the tensors to TMA.
+bool lambda_attn_sm90_bf16(AttnSources sources, int multiprocessors, Stream stream);
+bool lambda_attn_sm90_fp16(AttnSources sources, int multiprocessors, Stream stream);
 
 void lambda_attn_plain(AttnSources sources, Stream stream);
 

@@ -611,8 +611,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 
 // --- Launcher ---
 
+// False, and nothing is launched, where the driver refuses to map a tensor.
 template <typename T, int kHeadDim>
-void run_lambda_attn_sm90(AttnSources sources, int multiprocessors, Stream stream) {
+bool run_lambda_attn_sm90(AttnSources sources, int multiprocessors, Stream stream) {
   using Traits = Sm90Traits<T, kHeadDim>;
   const LambdaAttnParams& p = sources.p;
   sources.query_tiles = query_tiles(p, Traits::kBlockM);
@@ -628,26 +629,31 @@ void run_lambda_attn_sm90(AttnSources sources, int multiprocessors, Stream strea
     return map(k.data, k.stride, k.rows, p.heads_kv, box_rows);
   };
   Sm90Arguments arguments;
-  arguments.q = map(p.q, p.q_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
-  arguments.out = map(p.out, p.out_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
-  arguments.window_k = keys_map(sources.window_k, Traits::kBlockN);
-  arguments.window_v = map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, Traits::kBlockN);
-  // A branch without keys leaves its map unread; what stands there then need not fit TMA.
-  arguments.near_k = sources.has_near ? keys_map(sources.near_k, kGlobalN) : arguments.window_k;
-  arguments.far_k = sources.has_far ? keys_map(sources.far_k, kGlobalN) : arguments.window_k;
-  arguments.global_v = p.global_v != nullptr
-                           ? map(p.global_v, p.global_v_stride, p.n_global, p.heads_kv, kGlobalN)
-                           : map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, kGlobalN);
+  try {
+    arguments.q = map(p.q, p.q_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
+    arguments.out = map(p.out, p.out_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
+    arguments.window_k = keys_map(sources.window_k, Traits::kBlockN);
+    arguments.window_v = map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, Traits::kBlockN);
+    // A branch without keys leaves its map unread; what stands there then need not fit TMA.
+    arguments.near_k = sources.has_near ? keys_map(sources.near_k, kGlobalN) : arguments.window_k;
+    arguments.far_k = sources.has_far ? keys_map(sources.far_k, kGlobalN) : arguments.window_k;
+    arguments.global_v = p.global_v != nullptr
+                             ? map(p.global_v, p.global_v_stride, p.n_global, p.heads_kv, kGlobalN)
+                             : map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, kGlobalN);
+  } catch (const TensorMapRefused&) {
+    return false;
+  }
   arguments.sources = sources;
   arguments.works = sources.query_tiles * p.heads_q * p.batch;
   launch("lambda_attn_sm90", lambda_attn_sm90_kernel<Traits>,
          {min64(arguments.works, multiprocessors), kSm90Threads, Traits::kSharedBytes}, stream,
          arguments);
+  return true;
 }
 
 // A head dim without a kernel of its own runs in the next larger one, its missing columns zero.
 template <typename T>
-void run_lambda_attn_sm90(const AttnSources& sources, int multiprocessors, Stream stream) {
+bool run_lambda_attn_sm90(const AttnSources& sources, int multiprocessors, Stream stream) {
   switch (sm90_tiles(sources.p.head_dim).head_dim) {
     case 64:
       return run_lambda_attn_sm90<T, 64>(sources, multiprocessors, stream);

@@ -3,8 +3,8 @@
 
 namespace lminf::cuda {
 
-void lambda_attn_sm90_fp16(AttnSources sources, int multiprocessors, Stream stream) {
-  run_lambda_attn_sm90<fp16>(sources, multiprocessors, stream);
+bool lambda_attn_sm90_fp16(AttnSources sources, int multiprocessors, Stream stream) {
+  return run_lambda_attn_sm90<fp16>(sources, multiprocessors, stream);
 }
 
 }  // namespace lminf::cuda

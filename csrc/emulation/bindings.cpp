@@ -1,5 +1,6 @@
-// The emulated kernels as a Python module, for tests only. A function takes one dict: tensors by
-// the names of csrc/params.h (anything with torch's data_ptr, shape, stride and element_size),
+// The CUDA kernels without a GPU as a Python module, for tests only: as C++ in the emulation
+// (LMINF_EMULATION), as PTX in csrc/ptx_interpreter otherwise. A function takes one dict: tensors
+// by the names of csrc/params.h (anything with torch's data_ptr, shape, stride and element_size),
 // numbers by theirs. Every tensor is registered, so that an access outside all of them is a fault.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,19 +14,34 @@
 
 #include "../cuda/launchers.h"
 #include "../params.h"
+#if defined(LMINF_EMULATION)
 #include "runtime.h"
+namespace machine = lminf::emulation;
+#else
+#include "../ptx_interpreter/control.h"
+namespace machine = lminf::interpreter;
+#endif
 
 namespace py = pybind11;
 
-namespace lminf::emulation {
+namespace lminf::bindings {
 namespace {
+
+// What plans are made for.
+cuda::DeviceFacts device_facts() {
+#if defined(LMINF_EMULATION)
+  return cuda::device_facts(0);
+#else
+  return cuda::device_facts(machine::current_device());
+#endif
+}
 
 constexpr size_t kAlignment = 256;
 
 class Arguments {
  public:
-  explicit Arguments(py::dict values) : values_(std::move(values)) { clear_globals(); }
-  ~Arguments() { clear_globals(); }
+  explicit Arguments(py::dict values) : values_(std::move(values)) { machine::clear_globals(); }
+  ~Arguments() { machine::clear_globals(); }
 
   bool has(const char* name) const { return values_.contains(name) && !values_[name].is_none(); }
 
@@ -47,7 +63,8 @@ class Arguments {
       elements += (shape[i] - 1) * stride[i];
     }
     void* memory = reinterpret_cast<void*>(address);
-    register_global(memory, elements * tensor.attr("element_size")().cast<int64_t>(), name);
+    machine::register_global(memory, elements * tensor.attr("element_size")().cast<int64_t>(),
+                             name);
     return memory;
   }
 
@@ -98,7 +115,7 @@ class Workspace {
   explicit Workspace(int64_t bytes) : memory_(bytes + kAlignment, 0xFF) {
     const auto at = reinterpret_cast<uintptr_t>(memory_.data());
     begin_ = memory_.data() + (kAlignment - at % kAlignment) % kAlignment;
-    register_global(begin_, bytes, "workspace");
+    machine::register_global(begin_, bytes, "workspace");
   }
   void* data() { return begin_; }
 
@@ -178,7 +195,7 @@ LambdaDecodeParams decode_params(const Arguments& a) {
 void lambda_attn(const py::dict& values) {
   const Arguments a(values);
   const LambdaAttnParams p = attn_params(a);
-  const cuda::DeviceFacts device = cuda::device_facts(0);
+  const cuda::DeviceFacts device = device_facts();
   Workspace workspace(cuda::lambda_attn_plan(p, device).workspace_bytes);
   cuda::lambda_attn(p, device, workspace.data(), nullptr);
 }
@@ -186,7 +203,7 @@ void lambda_attn(const py::dict& values) {
 void lambda_decode(const py::dict& values) {
   const Arguments a(values);
   const LambdaDecodeParams p = decode_params(a);
-  const cuda::DeviceFacts device = cuda::device_facts(0);
+  const cuda::DeviceFacts device = device_facts();
   Workspace workspace(cuda::lambda_decode_plan(p, device).workspace_bytes);
   cuda::lambda_decode(p, device, workspace.data(), nullptr);
 }
@@ -213,7 +230,7 @@ void clamped_rope(const py::dict& values) {
 
 std::string attn_kernel(const py::dict& values) {
   const Arguments a(values);
-  return cuda::name_of(cuda::lambda_attn_kernel(attn_params(a), cuda::device_facts(0)));
+  return cuda::name_of(cuda::lambda_attn_kernel(attn_params(a), device_facts()));
 }
 
 void middle_topk(const py::dict& values) {
@@ -246,18 +263,23 @@ void middle_topk(const py::dict& values) {
   p.distance = a.number<int64_t>("distance");
   p.rope = a.rope();
   p.score = a.score();
-  const cuda::DeviceFacts device = cuda::device_facts(0);
+  const cuda::DeviceFacts device = device_facts();
   Workspace workspace(cuda::middle_topk_plan(p, device).workspace_bytes);
   cuda::middle_topk(p, device, workspace.data(), nullptr);
 }
 
 }  // namespace
-}  // namespace lminf::emulation
+}  // namespace lminf::bindings
 
+#if defined(LMINF_EMULATION)
 PYBIND11_MODULE(lminf_emulated, m) {
-  using namespace lminf::emulation;
+#else
+PYBIND11_MODULE(lminf_ptx, m) {
+#endif
+  using namespace lminf::bindings;
+  using machine::Device;
   m.doc() = "The CUDA kernels, run on the CPU";
-  m.def("set_schedule_seed", &set_schedule_seed, py::arg("seed"));
+  m.def("set_schedule_seed", &machine::set_schedule_seed, py::arg("seed"));
   m.def("lambda_attn", &lambda_attn);
   m.def("lambda_decode", &lambda_decode);
   m.def("clamped_rope", &clamped_rope);
@@ -266,7 +288,7 @@ PYBIND11_MODULE(lminf_emulated, m) {
   m.def(
       "set_device",
       [](int capability, int multiprocessors, bool has_sm90a, bool has_sm90) {
-        set_device({capability, multiprocessors, has_sm90a, has_sm90});
+        machine::set_device({capability, multiprocessors, has_sm90a, has_sm90});
       },
       py::arg("capability") = Device().capability,
       py::arg("multiprocessors") = Device().multiprocessors,
@@ -275,12 +297,40 @@ PYBIND11_MODULE(lminf_emulated, m) {
       "take_launches",
       [] {
         py::list all;
-        for (const LaunchRecord& launch : take_launches()) {
-          all.append(
-              py::dict(py::arg("kernel") = launch.kernel, py::arg("overlaps") = launch.overlaps,
-                       py::arg("blocks") = launch.blocks, py::arg("triggered") = launch.triggered));
+        for (const machine::LaunchRecord& launch : machine::take_launches()) {
+          py::dict one(py::arg("kernel") = launch.kernel, py::arg("overlaps") = launch.overlaps,
+                       py::arg("blocks") = launch.blocks, py::arg("triggered") = launch.triggered);
+#if !defined(LMINF_EMULATION)
+          one["name"] = launch.name;
+          one["target"] = launch.target;
+          one["instructions"] = launch.instructions;
+#endif
+          all.append(one);
         }
         return all;
       },
       "The launches since the last call of this.");
+#if !defined(LMINF_EMULATION)
+  m.def(
+      "kernel_texts",
+      [] {
+        py::list all;
+        for (const machine::KernelText& text : machine::kernel_texts()) {
+          all.append(py::make_tuple(text.target, text.name, text.body));
+        }
+        return all;
+      },
+      "Of every kernel in the build: target, name as in the PTX, body.");
+  m.def(
+      "replace_kernel_text",
+      [](const std::string& target, const std::string& name, const std::string& body) {
+        machine::replace_kernel_text({target, name, body});
+      },
+      "Another body for a kernel, until restore_kernel_texts.");
+  m.def("restore_kernel_texts", &machine::restore_kernel_texts);
+  m.def("decode_all", &machine::decode_all, "Raises at the first instruction that is not known.");
+  m.def("forget_context", &machine::forget_context, "As on a thread before its first CUDA work.");
+  m.def("refuse_tensor_maps", &machine::refuse_tensor_maps, py::arg("calls"), py::arg("after"));
+  m.def("hide_entry_points", &machine::hide_entry_points, py::arg("calls"));
+#endif
 }

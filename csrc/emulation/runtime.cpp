@@ -596,7 +596,10 @@ void grid_wait() {
   here().running->past_grid_wait = true;
 }
 
-void grid_launch_dependents() { here().triggered = true; }
+// Code for older devices has no such instruction.
+void grid_launch_dependents() {
+  if (the_device.capability >= 90 && the_device.has_sm90) here().triggered = true;
+}
 
 std::vector<LaunchRecord> take_launches() { return std::exchange(records, {}); }
 

@@ -13,6 +13,9 @@
 #include "../cuda/ptx_sm90.cuh"
 #include "check.h"
 #include "device_buffer.h"
+#if defined(LMINF_PTX_INTERPRETER)
+#include "../ptx_interpreter/control.h"
+#endif
 
 namespace lminf::test {
 namespace {
@@ -549,9 +552,9 @@ bool is_hopper() {
 #if defined(LMINF_EMULATION)
   return true;
 #else
-  int major = 0;
-  return has_device() &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+  int device = 0, major = 0;
+  return has_device() && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major == 9;
 #endif
 }
@@ -578,6 +581,11 @@ void test_all() {
 
 int main() {
   using namespace lminf::test;
+#if defined(LMINF_PTX_INTERPRETER)
+  lminf::interpreter::Device hopper;
+  hopper.capability = 90;
+  lminf::interpreter::set_device(hopper);
+#endif
   if (!is_hopper()) {
     std::printf("ptx_sm90_test: no device of compute capability 9.x, nothing was tested\n");
     return 77;
@@ -593,6 +601,9 @@ int main() {
     lminf::emulation::set_schedule_seed(seed);
     test_all();
   }
+#elif defined(LMINF_PTX_INTERPRETER)
+  lminf::interpreter::set_schedule_seed(1);
+  test_all();
 #endif
   return finish_tests("ptx_sm90_test");
 }
