@@ -147,7 +147,8 @@ def _attend_alone(model: Any, module: nn.Module) -> None:
     if type(module).__name__ == "BloomAttention":
         arguments |= {"residual": hidden}
     if type(module).__name__ == "LlamaAttention":
-        arguments |= {"position_embeddings": (torch.empty(1, 4, 0), torch.empty(1, 4, 0))}
+        dim = model.config.hidden_size // model.config.num_attention_heads
+        arguments |= {"position_embeddings": (torch.ones(1, 4, dim), torch.zeros(1, 4, dim))}
     module(hidden, **arguments)
 
 
