@@ -9,6 +9,7 @@ its logits equal
 
 - the unpatched model's while the text fits the window, layers that slide among them;
 - a dense rewrite at four times the window (`tiny_models.definition`, run in the model's own code);
+- its own logits with a LambdaCache at three times the training length;
 - and its own logits with a LambdaCache, read in chunks and then token by token, by generate(), and
   in a row that begins with padding;
 
@@ -45,10 +46,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.models.compat import TESTED, recurrent_layers_are_known
+from lminf_cuda.models.compat import TESTED, cache_keyword, recurrent_layers_are_known
 from lminf_cuda.models.families import ENCODER_DECODERS, FAMILIES, WRAPPERS, find_decoder
 
-N_GLOBAL, WINDOW = 3, 12
+N_GLOBAL, WINDOW, TRAINED = 3, 12, 64
 TOLERANCE = 1e-5
 
 # What a config calls its sizes, in all its dialects.
@@ -84,7 +85,7 @@ _TINY |= dict.fromkeys(
 _TINY |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24)
 _TINY |= dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 4)
 _TINY |= dict.fromkeys(("num_attention_heads", "n_head", "n_heads"), 4)
-_TINY |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64)
+_TINY |= dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), TRAINED)
 
 # What the configs of towers, for images and sounds, call theirs.
 _TINY_TOWER = dict.fromkeys(("hidden_size", "d_model", "embed_dim", "out_hidden_size"), 32)
@@ -444,6 +445,14 @@ def check(model_type: str) -> str:
     got = in_pieces(patched, long_ids, LambdaCache(patched))
     if (error := difference(got, expected)) > tolerance:
         return f"off by {error:.1g} with the cache"
+    far = tokens(1, 3 * TRAINED + 8)  # where a table of positions would have ended
+    cache = cache_keyword(patched, LambdaCache(patched))
+    pieces = far.split(
+        [len(far[0]) - 1, 1] if find_decoder(model)[1].reads_once else 3 * TRAINED, 1
+    )
+    got = torch.cat([patched(piece, **cache).logits for piece in pieces], dim=1)
+    if (error := difference(got, patched(far, use_cache=False).logits)) > tolerance:
+        return f"off by {error:.1g} with the cache at three times the training length"
     written = patched.generate(long_ids, max_new_tokens=4, do_sample=False)
     logits = patched(written, use_cache=False).logits
     if not torch.equal(logits[:, -5:-1].argmax(-1), written[:, -4:]):

@@ -93,6 +93,22 @@ def test_attributes_of_attention_modules(name: str) -> None:
     assert hasattr(decoder.config, "_attn_implementation")
 
 
+@pytest.mark.parametrize("name", ["gptj", "codegen"])
+def test_a_table_of_positions_does_not_end_the_text(name: str) -> None:
+    """Where it is the decoder's rotary module that looks them up, and where the attention does."""
+    model, ids = patched(name), tokens(1, 150)
+    decoder, _ = find_decoder(model)
+    buffers = [buffer for buffer, _ in decoder.named_buffers()]
+    assert any(buffer.endswith(f".{compat.ROTARY_TABLE}") for buffer in buffers)
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(with_cache(model, ids[:, :60]), expected[:, :60])
+    cache = cache_keyword(model, LambdaCache(model))
+    got = torch.cat([model(piece, **cache).logits for piece in ids.split(50, dim=1)], dim=1)
+    torch.testing.assert_close(got, expected)
+    plain = tiny_model(name)(ids[:, :30]).logits
+    assert torch.equal(unpatch_model(model)(ids[:, :30]).logits, plain)
+
+
 def test_the_versions_that_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     oldest, newest = compat.TESTED
     for version, is_inside in (

@@ -24,6 +24,7 @@ __all__ = [
     "MAKES_CACHE",
     "MAKES_MASK",
     "PAGED",
+    "ROTARY_TABLE",
     "TESTED",
     "WRAPPED_FORWARD",
     "CacheLayerMixin",
@@ -170,6 +171,10 @@ def set_attention_name(config: Any, name: str | None) -> None:
     """Lets a config name an attention function, without a check of what the model supports."""
     config._attn_implementation = name
 
+
+# The buffer of sines and cosines in a rotary module that looks them up, as GPT-J's and CodeGen's
+# from 5.24 on. It ends at the training length.
+ROTARY_TABLE = "embed_positions"
 
 # The attribute of a module with accelerate's hooks that holds the forward in them.
 WRAPPED_FORWARD = "_old_forward"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compat import ROTARY_TABLE
 from .writable import writable
 
 __all__ = [
@@ -61,10 +62,10 @@ class Rope:
 
 def is_rotary(module: nn.Module) -> bool:
     """Whether a module is a rotary embedding, of one or of several layer types."""
-    return any(
-        name == "inv_freq" or name.endswith("_inv_freq")
-        for name, _ in module.named_buffers(recurse=False)
-    )
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    if ROTARY_TABLE in names:  # older attention modules have one each, and look it up themselves
+        return not any(True for _ in module.children())
+    return any(name == "inv_freq" or name.endswith("_inv_freq") for name in names)
 
 
 def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
@@ -89,7 +90,7 @@ def _identity(rotary: Any, layer_type: str | None) -> tuple[Any, float]:
             f"{type(rotary).__name__} returns something else than cos and sin of [batch, tokens, "
             "dims]; a patch cannot stand for it"
         )
-    scaling = float(parts[0].abs().max())
+    scaling = max(float(part.abs().max()) for part in parts)  # cos is the first or the last
     ones = tuple((part / scaling).cpu() for part in parts)
     return (ones if isinstance(out, tuple) else ones[0]), scaling
 
@@ -126,7 +127,8 @@ def snapshot_rope(
 
 
 def _is_per_layer_type(rotary: Any) -> bool:
-    return not any(name == "inv_freq" for name, _ in rotary.named_buffers(recurse=False))
+    names = [name for name, _ in rotary.named_buffers(recurse=False)]
+    return not {"inv_freq", ROTARY_TABLE} & set(names)
 
 
 def training_length(config: Any) -> int:
