@@ -145,8 +145,10 @@ def _attention(
     return _attend(module, query, key, value, lminf_forward, options), None
 
 
-# Of what attention modules add to the keywords: what the state of the forward knows better.
+# Of what attention modules add to the keywords: what the state of the forward knows better, and
+# what may belong into the scores.
 _KNOWN_BETTER = ("position_ids", "cache_position")
+_NUMBERS = (Tensor, float)
 
 
 def _check_heeded(module: nn.Module, state: ForwardState | None, others: dict[str, Any]) -> None:
@@ -159,7 +161,7 @@ def _check_heeded(module: nn.Module, state: ForwardState | None, others: dict[st
         ValueError: the layer is not causal.
     """
     for name, value in others.items():
-        if not isinstance(value, Tensor | float) or name in _KNOWN_BETTER:
+        if not isinstance(value, _NUMBERS) or name in _KNOWN_BETTER:
             continue
         if state is None or name not in state.given:
             raise RuntimeError(
