@@ -41,13 +41,10 @@ def save_tokenizer(folder) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny Llama of training length 32 in `llama`, a GPT-2 in `gpt2`, and texts."""
-    folder = tmp_path_factory.mktemp("cli")
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=256,
+def llama_config(vocab_size: int) -> LlamaConfig:
+    """Of a tiny model, trained on 32 tokens at a time."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -57,7 +54,14 @@ def folder(tmp_path_factory):
         bos_token_id=None,
         eos_token_id=None,
     )
-    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama of training length 32 in `llama`, a GPT-2 in `gpt2`, and texts."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(256)).save_pretrained(folder / "llama")
     save_tokenizer(folder / "llama")
     GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
         folder / "gpt2"
@@ -496,19 +500,7 @@ def gguf_file(folder, tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     torch.manual_seed(1)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    model = LlamaForCausalLM(llama_config(len(vocabulary))).eval()
     write_gguf(folder / "tiny.gguf", model, fast)
     return folder / "tiny.gguf", model, fast
 
