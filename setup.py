@@ -229,14 +229,14 @@ def extension() -> Extension:
     kernels choose their instruction set at run time, so no machine flag is passed here."""
     home, Build.line = cuda_toolkit()
     print(f"lminf_cuda: {Build.line}")
-    sources = files("cpu/*.cpp") + files("torch/*.cpp") + files("cuda/*.cpp")
+    sources = files("cpu/*.cpp") + files("torch/*.cpp") + files("cuda/**/*.cpp")
     macros = [("TORCH_TARGET_VERSION", TORCH_ABI)]
     folders: dict[str, list[str]] = {}
     libraries: list[str] = []
     if home is None:
         sources.remove("csrc/torch/backend_cuda.cpp")
     else:
-        sources += files("cuda/*.cu")
+        sources += files("cuda/**/*.cu")
         macros.append(("LMINF_WITH_CUDA", "1"))
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:
             macros.append(("LMINF_WITH_SM90A", "1"))

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "csrc/cuda"
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
@@ -34,7 +35,7 @@ COMPLAINT = re.compile(r".*(?:wgmma.*serialized|setmaxnreg.*ignored).*", re.IGNO
 HOPPER = "sm90"  # in the names of their files
 HOPPER_ARCHITECTURE = "90a"
 SHAPED_FOR = ("80", HOPPER_ARCHITECTURE)
-HOPPER_THREADS = 384  # kSm90Threads (csrc/cuda/sm90_tiles.h)
+HOPPER_THREADS = 384  # kSm90Threads (csrc/cuda/prefill/sm90_tiles.h)
 HOPPER_REGISTERS = 65536 // HOPPER_THREADS // 8 * 8  # kSm90LaunchRegisters
 
 
@@ -103,7 +104,16 @@ def compile_one(source: Path, architecture: str) -> list[Kernel]:
                 called.spill_loads += loads
         elif (found := REGISTERS.search(line)) and name:
             registers = int(found.group(1))
-            kernels.append(Kernel(source.name, name, architecture, registers, *frame, complaints))
+            kernels.append(
+                Kernel(
+                    source.relative_to(FOLDER).as_posix(),
+                    name,
+                    architecture,
+                    registers,
+                    *frame,
+                    complaints,
+                )
+            )
             name = ""
     if kernels:
         readable = demangle([kernel.kernel for kernel in kernels])
@@ -123,7 +133,7 @@ def main() -> int:
     jobs = [
         (source, architecture)
         for architecture in arguments.architectures
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        for source in sorted(FOLDER.glob("**/*.cu"))
         if HOPPER not in source.name or architecture == HOPPER_ARCHITECTURE
     ]
     workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
@@ -131,7 +141,9 @@ def main() -> int:
     with ThreadPoolExecutor(workers) as pool:
         tasks = pool.map(lambda job: compile_one(*job), jobs)
         for (source, architecture), kernels_of_one in zip(jobs, tasks, strict=True):
-            print(f"{source.name} for sm_{architecture}", file=sys.stderr, flush=True)
+            print(
+                f"{source.relative_to(FOLDER)} for sm_{architecture}", file=sys.stderr, flush=True
+            )
             found.append(kernels_of_one)
     kernels = sorted(
         (kernel for part in found for kernel in part),

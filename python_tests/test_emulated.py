@@ -118,7 +118,7 @@ def test_the_merge_of_the_splits_overlaps_them(shuffled, option, dtype):
 @pytest.mark.parametrize("head_dim", [40, 128, 264])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_in_more_splits_than_are_merged_at_once(head_dim, dtype):
-    """64 are read together (lambda_decode.cu), and 128 dims; a split may hold nothing visible."""
+    """64 are read together (decode/launch.cu), and 128 dims; a split may hold nothing visible."""
     window = 8700
     q, k, v, *caches = randn(
         6, (1, 2, 1, head_dim), *[(1, 1, 1, head_dim)] * 2,
@@ -243,7 +243,7 @@ def test_decode_in_several_splits(head_dim, window, dtype):
 
 
 def test_many_packed_sequences_with_many_globals():
-    """More global keys than rows: the far keys then stand row by row (lambda_attn.cu)."""
+    """More global keys than rows: the far keys then stand row by row (prefill/launch.cu)."""
     lengths = [3, 40, 0, 70, 1, 25]
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     q, k, v = qkv(sum(lengths), sum(lengths), dtype=torch.float32)

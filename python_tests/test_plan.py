@@ -84,7 +84,7 @@ def test_which_kernel_serves_a_forward_on_hopper(dtype):
 
 def test_a_plan_in_full_on_hopper():
     """Tiles of 128 queries and 128 keys, two slots of the one and two stages of the other
-    (csrc/cuda/sm90_tiles.h), and as many blocks as there are multiprocessors, or tiles."""
+    (csrc/cuda/prefill/sm90_tiles.h), and as many blocks as there are multiprocessors, or tiles."""
     q, k, v = (torch.empty(2, heads, 1000, 128, dtype=torch.bfloat16) for heads in (8, 4, 4))
     options = dict(inv_freq=frequencies(128), device_capability=90)
     plan = kernel_plan(q, k, v, 16, 200, multiprocessors=78, **options)
@@ -103,8 +103,8 @@ def test_a_plan_in_full_on_hopper():
 
 
 def test_a_plan_in_full():
-    """Tiles of 128 queries and 48 keys (csrc/cuda/plan.h); the workspace holds the keys rotated by
-    position and the 16 global ones rotated by -max_distance."""
+    """Tiles of 128 queries and 48 keys (csrc/cuda/common/plan.h); the workspace holds the keys
+    rotated by position and the 16 global ones rotated by -max_distance."""
     q, k, v = (spread((2, heads, 1000, 128)) for heads in (8, 4, 4))
     plan = kernel_plan(q, k, v, 16, 200, inv_freq=frequencies(128), device_capability=80)
     assert plan == KernelPlan(

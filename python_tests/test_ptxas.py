@@ -16,13 +16,17 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
     pytest.mark.parametrize("dtype", ["bf16", "fp16"]),
 ]
-KEYS = {64: 128, 128: 128, 256: 48}  # of a window tile (csrc/cuda/sm90_tiles.h), by head dim
+KEYS = {
+    64: 128,
+    128: 128,
+    256: 48,
+}  # of a window tile (csrc/cuda/prefill/sm90_tiles.h), by head dim
 FROM_PYPI = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvdisasm"))
 NVDISASM = shutil.which("nvdisasm") or next(map(str, reversed(FROM_PYPI)), None)
 
 
 def source_of(dtype):
-    return ROOT / f"csrc/cuda/lambda_attn_sm90_{dtype}.cu"
+    return ROOT / f"csrc/cuda/prefill/sm90_{dtype}.cu"
 
 
 def test_the_prefill_for_hopper(dtype):

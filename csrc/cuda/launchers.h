@@ -28,10 +28,10 @@ DeviceFacts device_facts(int device);
 
 // Which kernel runs.
 enum class AttnKernel : int32_t {
-  kHopper,      // wgmma and TMA, on compute capability 9.0: prefill of what kTensorCore covers in
-                // tensors that TMA covers, without cu_seqlens and distance_bias
-  kTensorCore,  // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes
-  kPlain,       // float32 arithmetic on ordinary cores: everything else with D up to 2048
+  kSm90,   // wgmma and TMA, on compute capability 9.0: prefill of what kSm80 covers in
+           // tensors that TMA covers, without cu_seqlens and distance_bias
+  kSm80,   // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes
+  kPlain,  // float32 arithmetic on ordinary cores: everything else with D up to 2048
 };
 const char* name_of(AttnKernel kernel);
 

@@ -1,4 +1,4 @@
-// Host bodies of csrc/cuda/ptx_sm80.cuh, from the PTX ISA's description of each instruction.
+// Host bodies of csrc/cuda/ptx/sm80.cuh, from the PTX ISA's description of each instruction.
 #pragma once
 
 #include <cstdint>

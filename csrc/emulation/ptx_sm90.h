@@ -1,4 +1,4 @@
-// Host bodies of csrc/cuda/ptx_sm90.cuh, from the PTX ISA's description of each instruction.
+// Host bodies of csrc/cuda/ptx/sm90.cuh, from the PTX ISA's description of each instruction.
 //
 //   - Shared memory has two views: ordinary loads and stores see one, wgmma and TMA the other. TMA
 //     writes both; fence_proxy_async brings ordinary stores to the other. A wgmma or TMA store

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdlib>
 
-#include "../cuda/device.cuh"
+#include "../cuda/common/device.cuh"
 
 namespace lminf::test {
 

@@ -3,8 +3,8 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/ptx_grid.cuh"
-#include "../cuda/ptx_sm80.cuh"
+#include "../cuda/ptx/grid.cuh"
+#include "../cuda/ptx/sm80.cuh"
 #include "check.h"
 
 namespace lminf::test {

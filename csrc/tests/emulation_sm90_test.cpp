@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/ptx_sm80.cuh"
-#include "../cuda/ptx_sm90.cuh"
+#include "../cuda/ptx/sm80.cuh"
+#include "../cuda/ptx/sm90.cuh"
 #include "check.h"
 
 namespace lminf::test {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/device.cuh"
-#include "../cuda/ptx_sm80.cuh"
+#include "../cuda/common/device.cuh"
+#include "../cuda/ptx/sm80.cuh"
 #include "check.h"
 
 namespace lminf::test {

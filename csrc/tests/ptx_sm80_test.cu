@@ -1,4 +1,4 @@
-// Every wrapper of ptx_sm80.cuh against a result worked out element by element here. Compiled as
+// Every wrapper of ptx/sm80.cuh against a result worked out element by element here. Compiled as
 // C++ it tests the emulation's host bodies, compiled by nvcc the instructions themselves: both must
 // give these very bits (exp2_approx: within its stated error).
 #include <cmath>
@@ -6,7 +6,7 @@
 #include <cstring>
 #include <string>
 
-#include "../cuda/ptx_sm80.cuh"
+#include "../cuda/ptx/sm80.cuh"
 #include "check.h"
 #include "device_buffer.h"
 

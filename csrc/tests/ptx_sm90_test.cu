@@ -1,4 +1,4 @@
-// Every wrapper of ptx_sm90.cuh and ptx_grid.cuh against a result worked out element by element
+// Every wrapper of ptx/sm90.cuh and ptx/grid.cuh against a result worked out element by element
 // here. Compiled as C++ it tests the emulation's host bodies, compiled by nvcc for sm_90a the
 // instructions themselves: both must give these very bits. The numbers are small integers, so that
 // every order of summation gives the same.
@@ -8,9 +8,9 @@
 #include <string>
 #include <utility>
 
-#include "../cuda/ptx_grid.cuh"
-#include "../cuda/ptx_sm80.cuh"
-#include "../cuda/ptx_sm90.cuh"
+#include "../cuda/ptx/grid.cuh"
+#include "../cuda/ptx/sm80.cuh"
+#include "../cuda/ptx/sm90.cuh"
 #include "check.h"
 #include "device_buffer.h"
 #if defined(LMINF_PTX_INTERPRETER)

@@ -1,0 +1,270 @@
+// Decoding in float32 arithmetic on ordinary cores, for float32 and for what decode/sm80.cu
+// does not cover.
+//
+// Schedule: blocks as in decode/sm80.cu; a block's warps hold a few of its kRows query heads
+// each and walk together over the split's tiles of 16 keys, which pass through shared memory as
+// float32, a piece of their dims at a time. A lane works out the products of one key with every
+// second of the warp's heads, then owns dims.
+#include "../common/score.cuh"
+#include "../ptx/grid.cuh"
+#include "launch.h"
+
+namespace lminf::cuda {
+namespace {
+
+constexpr int kHalves = kWarpSize / kDecodeTileKeys;  // a half warp for each of two rows at a time
+
+// The maximum or sum over a half warp.
+LMINF_DEVICE float half_warp_max(float x) {
+#pragma unroll
+  for (int mask = kDecodeTileKeys / 2; mask > 0; mask /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
+  }
+  return x;
+}
+
+LMINF_DEVICE float half_warp_sum(float x) {
+#pragma unroll
+  for (int mask = kDecodeTileKeys / 2; mask > 0; mask /= 2) {
+    x += __shfl_xor_sync(kFullWarp, x, mask);
+  }
+  return x;
+}
+
+// Two blocks a multiprocessor: told nothing, ptxas aims at more of the small ones, and spills.
+template <typename T, int kRows>
+__global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
+    lambda_decode_plain_kernel(const DecodeLaunch l) {
+  ptx::grid_launch_dependents();
+  constexpr int kThreads = decode_plain_warps(kRows) * kWarpSize;
+  constexpr int kWarpRows = kRows / decode_plain_warps(kRows);
+  constexpr int kKeyPitch = DecodePlainSharedSizes::kKeyPitch;
+  const LambdaDecodeParams& p = l.p;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const DecodeBlock d = decode_block(l, blockIdx.x);
+  const int64_t first_head = d.kv_head * l.group + d.head_tile * kRows;
+  const int heads = static_cast<int>(min64(kRows, l.group - d.head_tile * kRows));
+
+  // --- Shared memory ---
+  const DecodePlainSharedSizes sizes(kRows, head_dim);
+  unsigned char* memory = shared_memory();
+  auto take = [&](int floats) {
+    const SharedArray<float> array(memory, floats);
+    memory += 4 * floats;
+    return array;
+  };
+  const auto q = take(sizes.rows), out = take(sizes.rows), keys = take(sizes.keys),
+             weights = take(sizes.weights), new_k = take(head_dim), new_v = take(head_dim);
+
+  // --- q and the new token, rotated; the token is written to its slots ---
+  const T* q_rows = static_cast<const T*>(p.q) + d.batch * p.q_stride.batch;
+  for (int i = thread; i < kRows * head_dim; i += kThreads) {
+    const int row = i / head_dim, dim = i % head_dim;
+    q[i] = row < heads && d.position >= 0
+               ? to_float(load_global(q_rows + (first_head + row) * p.q_stride.head + dim))
+               : 0.0f;
+    out[i] = 0.0f;
+  }
+  if (d.position >= 0) {
+    const T* k =
+        static_cast<const T*>(p.k) + d.batch * p.k_stride.batch + d.kv_head * p.k_stride.head;
+    const T* v =
+        static_cast<const T*>(p.v) + d.batch * p.v_stride.batch + d.kv_head * p.v_stride.head;
+    for (int dim = thread; dim < head_dim; dim += kThreads) {
+      const T key = load_global(k + dim), value = load_global(v + dim);
+      new_k[dim] = to_float(key);
+      new_v[dim] = to_float(value);
+      if (d.appends && d.position < p.n_global) {
+        store_global(static_cast<T*>(p.global_k) + d.batch * p.global_k_stride.batch +
+                         d.kv_head * p.global_k_stride.head + d.position * p.global_k_stride.seq +
+                         dim,
+                     key);
+        store_global(static_cast<T*>(p.global_v) + d.batch * p.global_v_stride.batch +
+                         d.kv_head * p.global_v_stride.head + d.position * p.global_v_stride.seq +
+                         dim,
+                     value);
+      }
+    }
+  }
+  __syncthreads();
+  auto rotate = [&](float& first, float& second, CosSin angle) {
+    rotate_pair(angle, first, second);
+    first *= p.rope.scaling;
+    second *= p.rope.scaling;
+  };
+  if (d.position >= 0) {
+    for (int t = thread; t < p.rope.rotary_dim / 2; t += kThreads) {
+      const PairDims dims = pair_dims(t, p.rope.rotary_dim, p.rope.interleaved);
+      const CosSin angle = rotation(d.position, load_frequency(p.rope, t));
+      for (int row = 0; row < heads; ++row) {
+        rotate(q[row * head_dim + dims.first], q[row * head_dim + dims.second], angle);
+      }
+      rotate(new_k[dims.first], new_k[dims.second], angle);
+      // The ring holds it rounded, and so it is met from the first.
+      new_k[dims.first] = to_float(from_float<T>(new_k[dims.first]));
+      new_k[dims.second] = to_float(from_float<T>(new_k[dims.second]));
+    }
+  }
+  __syncthreads();
+  if (d.appends) {
+    const int64_t slot = ring_slot(p, d.position);
+    for (int dim = thread; dim < head_dim; dim += kThreads) {
+      store_global(static_cast<T*>(p.ring_k) + d.batch * p.ring_k_stride.batch +
+                       d.kv_head * p.ring_k_stride.head + slot * p.ring_k_stride.seq + dim,
+                   from_float<T>(new_k[dim]));
+      store_global(static_cast<T*>(p.ring_v) + d.batch * p.ring_v_stride.batch +
+                       d.kv_head * p.ring_v_stride.head + slot * p.ring_v_stride.seq + dim,
+                   from_float<T>(new_v[dim]));
+    }
+  }
+
+  // --- The split's tiles ---
+  const Scoring scoring(p.score);
+  const int half = lane / kDecodeTileKeys, column = lane % kDecodeTileKeys;
+  SoftmaxState state[kWarpRows];
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) state[r] = empty_softmax();
+
+  for (int64_t index = d.tiles.lo; index < d.tiles.hi; ++index) {
+    const DecodeTile tile = decode_tile(d, index);
+    // A piece of keys or values; the new token comes from shared memory, missing rows are zeros.
+    auto load = [&](const void* data, const Strides& s, const SharedArray<float>& own, int first,
+                    int width, bool rotated) {
+      const T* rows = static_cast<const T*>(data) + d.batch * s.batch + d.kv_head * s.head;
+      const int64_t first_slot = tile.global ? tile.first : ring_slot(p, tile.first);
+      const int64_t slots = tile.global ? p.n_global : p.capacity;
+      __syncthreads();  // the last use of what stood here
+      for (int i = thread; i < kDecodeTileKeys * width; i += kThreads) {
+        const int row = i / width, dim = first + i % width;
+        const int64_t j = tile.first + row;
+        float x = 0.0f;
+        if (j == d.position) {
+          x = own[dim];
+        } else if (row < tile.keys) {
+          const int64_t slot =
+              first_slot + row < slots ? first_slot + row : first_slot + row - slots;
+          const T* from = rows + slot * s.seq;
+          x = rotated && dim < p.rope.rotary_dim
+                  ? rotated_element(p.rope, from, dim, met_at(p, d, j))
+                  : to_float(load_global(from + dim));
+        }
+        keys[row * kKeyPitch + i % width] = x;
+      }
+      __syncthreads();
+    };
+
+    // Before the softmax: products of this lane's key with its half's rows.
+    float product[kWarpRows / kHalves] = {};
+    for (int first = 0; first < head_dim; first += kPlainPiece) {
+      const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
+      load(tile.global ? p.global_k : p.ring_k, tile.global ? p.global_k_stride : p.ring_k_stride,
+           new_k, first, width, tile.global);
+      float part[kWarpRows / kHalves] = {};  // a sum of its own: long sums lose digits
+      for (int dim = 0; dim < width; ++dim) {
+        const float key = keys[column * kKeyPitch + dim];
+#pragma unroll
+        for (int r = 0; r < kWarpRows / kHalves; ++r) {
+          const int row = warp * kWarpRows + kHalves * r + half;
+          part[r] = fmaf(q[row * head_dim + first + dim], key, part[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kWarpRows / kHalves; ++r) product[r] += part[r];
+    }
+    float factor[kWarpRows];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; r += kHalves) {
+      const int row = warp * kWarpRows + r + half;
+      const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
+      const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
+      const float bias =
+          row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
+      float s = minus_infinity();
+      if (column < tile.keys) {
+        s = scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()
+                                  : scoring.score<true>(product[r / kHalves], slope,
+                                                        static_cast<float>(distance), bias);
+      }
+      // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
+      const float max = half_warp_max(s);
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const float row_max = __shfl_sync(kFullWarp, max, h * kDecodeTileKeys);
+        const float new_max = fmaxf(state[r + h].max, row_max);
+        factor[r + h] = rescale_factor(state[r + h].max, new_max);
+        state[r + h].max = new_max;
+      }
+      const float own_max = half == 0 ? state[r].max : state[r + kHalves - 1].max;
+      // A row whose keys were all hidden so far has max -inf; against 0 its weights come out 0.
+      const float weight = exp2f(s - (own_max == minus_infinity() ? 0.0f : own_max));
+      const float sum = half_warp_sum(weight);
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        state[r + h].sum =
+            state[r + h].sum * factor[r + h] + __shfl_sync(kFullWarp, sum, h * kDecodeTileKeys);
+      }
+      weights[row * kDecodeTileKeys + column] = weight;
+    }
+    for (int first = 0; first < head_dim; first += kPlainPiece) {
+      const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
+      load(tile.global ? p.global_v : p.ring_v, tile.global ? p.global_v_stride : p.ring_v_stride,
+           new_v, first, width, false);
+      for (int dim = lane; dim < width; dim += kWarpSize) {
+#pragma unroll
+        for (int r = 0; r < kWarpRows; ++r) {
+          const int row = warp * kWarpRows + r;
+          float total = 0.0f;
+          for (int key = 0; key < kDecodeTileKeys; ++key) {
+            // A hidden key leaves its row alone, be its value infinite.
+            const float weight = weights[row * kDecodeTileKeys + key];
+            if (weight != 0.0f) total = fmaf(weight, keys[key * kKeyPitch + dim], total);
+          }
+          float& o = out[row * head_dim + first + dim];
+          o = o * factor[r] + total;
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    const int row = warp * kWarpRows + r;
+    if (row >= heads) continue;
+    for (int dim = lane; dim < head_dim; dim += kWarpSize) {
+      store_decoded<T>(l, d, first_head + row, dim, out[row * head_dim + dim], state[r]);
+    }
+  }
+}
+
+template <typename T, int kRows>
+void run(const DecodeLaunch& l, Stream stream) {
+  const int head_dim = static_cast<int>(l.p.head_dim);
+  launch("lambda_decode_plain", lambda_decode_plain_kernel<T, kRows>,
+         {l.p.batch * l.p.heads_kv * l.head_tiles * l.splits, decode_plain_warps(kRows) * kWarpSize,
+          DecodePlainSharedSizes(kRows, head_dim).bytes(head_dim)},
+         stream, l);
+}
+
+template <typename T>
+void run(const DecodeLaunch& l, Stream stream) {
+  if (decode_plain_rows(l.p.head_dim) == kDecodeRows) return run<T, kDecodeRows>(l, stream);
+  run<T, decode_plain_rows(kMaxHeadDim)>(l, stream);
+}
+
+}  // namespace
+
+void lambda_decode_plain(const DecodeLaunch& launch, Stream stream) {
+  switch (launch.p.dtype) {
+    case DType::kFloat32:
+      return run<float>(launch, stream);
+    case DType::kBFloat16:
+      return run<bf16>(launch, stream);
+    case DType::kFloat16:
+      return run<fp16>(launch, stream);
+  }
+  throw std::invalid_argument("lambda_decode: unknown dtype");
+}
+
+}  // namespace lminf::cuda

@@ -1,0 +1,263 @@
+// Prefill forward on tensor cores (mma.sync m16n8k16), sm_80 and up.
+//
+//   out = softmax over the visible keys of score(<R(min(i - j, L)) q_i, k_j>) v_j,  L =
+//   max_distance
+//
+// Schedule of a block, kBlockM queries of one head:
+//   1. far keys (global, at distance >= L) in narrow tiles: raw Q against keys rotated by -L;
+//   2. Q is rotated in place, each warp its own rows;
+//   3. near keys (global, window <= distance < L; empty when L == window), narrow tiles;
+//   4. window keys in tiles of kBlockN: masked at the two edges, bare in between.
+// Keys come rotated from a pre-pass. A tile no query needs is never touched. K and V go through two
+// stages of shared memory: while a tile is worked on, the next one is under way, and one barrier a
+// tile both publishes the new tile and retires the old. A warp owns whole rows, so the softmax
+// needs no shared memory. Scores live in base 2 with the scale folded into the exponent's fma.
+// A hidden value that is not finite spoils a row of an edge tile (0 * inf): such a row is worked
+// out again at the end (prefill/exact_row.cuh).
+#pragma once
+
+#include "../common/attend.cuh"
+#include "exact_row.cuh"
+#include "launch.h"
+#include "rows.cuh"
+
+namespace lminf::cuda {
+
+template <typename T, int kHeadDim_>
+struct AttnTraits {
+  using Element = T;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr TileSizes kTiles = sm80_tiles(kHeadDim);
+  static constexpr int kBlockM = kTiles.block_m;
+  static constexpr int kBlockN = kTiles.block_n;
+  static constexpr int kWarps = kSm80Warps;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kWarpRows = kBlockM / kWarps;
+  static constexpr int kRowTiles = kWarpRows / 16;  // mma tiles of a warp's rows
+  using QTile = SharedTile<T, kBlockM, kHeadDim>;
+  using KeyTile = SharedTile<T, kBlockN, kHeadDim>;
+  static constexpr int kPlanStart = QTile::kBytes + 2 * kSm80Stages * KeyTile::kBytes;
+  static constexpr int kSharedBytes = sm80_shared_bytes(kTiles);
+  static_assert(kTiles.head_dim == kHeadDim, "a kernel of its own");
+  static_assert(kPlanStart + sizeof(BlockPlan<T>) <= kSharedBytes, "the plan fits");
+  static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
+};
+
+// Starts the copies of a tile's keys and values; rows that no query sees become zeros. A thread
+// goes down one column of chunks, or where the threads are no whole rows, from piece to piece.
+template <typename Traits, int kKeys>
+LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, int64_t position,
+                             int head_dim, typename Traits::KeyTile k_tile,
+                             typename Traits::KeyTile v_tile) {
+  using T = typename Traits::Element;
+  using Tile = typename Traits::KeyTile;
+  const int thread = recomputed(static_cast<int>(threadIdx.x));
+  const int first = static_cast<int>(max64(plan.visible.lo - position, 0));
+  const int end = static_cast<int>(min64(plan.visible.hi - position, kKeys));
+  const int64_t k_stride = plan.k_stride, v_stride = plan.v_stride;
+  const T* k = plan.k + (position - plan.k_origin) * k_stride;
+  const T* v = plan.v + (position - plan.v_origin) * v_stride;
+  if constexpr (Traits::kThreads % Tile::kChunks == 0) {
+    constexpr int kStep = Traits::kThreads / Tile::kChunks;
+    static_assert(kKeys % kStep == 0, "every thread has as many rows");
+    const int first_row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const bool in_head = chunk * Tile::kChunk < head_dim;
+    k += first_row * k_stride + chunk * Tile::kChunk;
+    v += first_row * v_stride + chunk * Tile::kChunk;
+#pragma unroll
+    for (int row = first_row; row < first_row + kKeys; row += kStep) {
+      const bool there = in_head && row >= first && row < end;
+      ptx::copy_async(k_tile.address(row, chunk), k, there);
+      ptx::copy_async(v_tile.address(row, chunk), v, there);
+      k += kStep * k_stride;
+      v += kStep * v_stride;
+    }
+  } else {
+#pragma unroll
+    for (int piece = thread; piece < kKeys * Tile::kChunks; piece += Traits::kThreads) {
+      const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
+      const bool there = row >= first && row < end && chunk * Tile::kChunk < head_dim;
+      ptx::copy_async(k_tile.address(row, chunk), k + row * k_stride + chunk * Tile::kChunk, there);
+      ptx::copy_async(v_tile.address(row, chunk), v + row * v_stride + chunk * Tile::kChunk, there);
+    }
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads)
+    lambda_attn_sm80_kernel(const __grid_constant__ AttnSources sources) {
+  using T = typename Traits::Element;
+  using QTile = typename Traits::QTile;
+  using KeyTile = typename Traits::KeyTile;
+  using State = WarpState<Traits::kHeadDim, Traits::kRowTiles>;
+  const LambdaAttnParams& p = sources.p;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarpSize;
+  const int warp_row = thread / kWarpSize * Traits::kWarpRows;
+  const int head_dim = static_cast<int>(p.head_dim);
+
+  // --- Shared memory: Q, then K and V of each stage, then the plan ---
+  const QTile q_tile(0);
+  auto k_stage = [](int visit) {
+    return KeyTile(QTile::kBytes + visit % kSm80Stages * 2 * KeyTile::kBytes);
+  };
+  auto v_stage = [](int visit) {
+    return KeyTile(QTile::kBytes + (visit % kSm80Stages * 2 + 1) * KeyTile::kBytes);
+  };
+  const SharedArray<BlockPlan<T>> block(shared_memory() + Traits::kPlanStart, 1);
+
+  // --- Which tiles of which branch ---
+  if (thread < kBranches) {
+    const QueryTile tile = query_tile(sources, blockIdx.x, Traits::kBlockM);
+    if (thread == 0) block[0].tile = tile;
+    block[0].branches[thread] =
+        branch_plan<T>(sources, tile, thread, thread == kWindow ? Traits::kBlockN : kGlobalN);
+  }
+  __syncthreads();
+  if (block[0].tile.rows <= 0) return;
+  auto visits_of = [&](int branch) {
+    const TileRanges& tiles = block[0].branches[branch].tiles;
+    return static_cast<int>(tiles.end - tiles.begin);
+  };
+  auto far_end = [&] { return visits_of(kFar); };  // read when needed: a register less
+  const int near_end = far_end() + visits_of(kNear);
+  const int visits = near_end + visits_of(kWindow);
+  auto branch_of = [&](int visit) -> const BranchPlan<T>& {
+    return block[0].branches[visit >= near_end ? kWindow : visit >= far_end() ? kNear : kFar];
+  };
+  auto tile_of = [&](int visit) {
+    const int first = visit >= near_end ? near_end : visit >= far_end() ? far_end() : 0;
+    return branch_of(visit).tiles.begin + visit - first;
+  };
+  auto issue = [&](int visit) {
+    const BranchPlan<T>& plan = branch_of(visit);
+    if (visit < near_end) {
+      issue_tile<Traits, kGlobalN>(plan, plan.origin + tile_of(visit) * kGlobalN, head_dim,
+                                   k_stage(visit), v_stage(visit));
+    } else {
+      issue_tile<Traits, Traits::kBlockN>(plan, plan.origin + tile_of(visit) * Traits::kBlockN,
+                                          head_dim, k_stage(visit), v_stage(visit));
+    }
+  };
+
+  // --- Q and the first tile of keys ---
+  if (visits > 0) {
+    const QueryTile& tile = block[0].tile;
+    const T* q = static_cast<const T*>(p.q) + tile.batch * p.q_stride.batch +
+                 tile.head * p.q_stride.head + tile.first_row * p.q_stride.seq;
+#pragma unroll 4
+    for (int piece = thread; piece < Traits::kBlockM * QTile::kChunks; piece += Traits::kThreads) {
+      const int row = piece / QTile::kChunks, chunk = piece % QTile::kChunks;
+      const bool there = row < tile.rows && chunk * QTile::kChunk < head_dim;
+      ptx::copy_async(q_tile.address(row, chunk),
+                      there ? q + row * p.q_stride.seq + chunk * QTile::kChunk : q, there);
+    }
+    issue(0);
+    ptx::copy_async_commit();
+  }
+
+  // --- Far, near and window tiles, the next one always under way ---
+  State state;
+  const float slope = alibi_slope(p.score, block[0].tile.head);
+  for (int visit = 0; visit < visits; ++visit) {
+    ptx::copy_async_wait<0>();
+    __syncthreads();  // this tile is everybody's, and everybody has left the one before it
+    if (visit + 1 < visits) issue(visit + 1);
+    ptx::copy_async_commit();
+
+    const int64_t first_query = block[0].tile.positions.lo + recomputed(warp_row);
+    if (visit == far_end() && p.rope.rotary_dim > 0) {
+      rotate_tile_rows(q_tile, p.rope, warp_row, Traits::kWarpRows, first_query, -kUnbounded, lane);
+      __syncwarp();
+    }
+    const BranchPlan<T>& plan = branch_of(visit);
+    const int64_t index = tile_of(visit);
+    const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
+    const QueryRows<true> rows{p.score,     block[0].tile.head,         slope,          plan.branch,
+                               first_query, plan.origin + index * keys, p.max_distance, keys};
+    const bool full = plan.tiles.full(index);
+    if (visit < near_end) {
+      attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);
+    } else {
+      attend<Traits::kBlockN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit),
+                              lane);
+    }
+  }
+  ptx::copy_async_wait<0>();
+
+  // --- Normalise; out through the warp's own rows of Q's tile, lse directly ---
+  const QueryTile tile = block[0].tile;
+  const bool has_sink = p.score.sink_logits != nullptr;
+  const float sink = has_sink ? load_global(p.score.sink_logits + tile.head) : 0.0f;
+  __syncwarp();  // the last reads of Q
+  bool spoilt[State::kRows];
+#pragma unroll
+  for (int r = 0; r < State::kRows; ++r) {
+    const SoftmaxState total = state.row(r);
+    const SoftmaxEnd end = finish(total, has_sink, sink);
+    float zero = 0.0f;  // until something is not finite
+    const int row = warp_row + State::row_index(r, lane);
+    if (lane % 4 == 0 && row < tile.rows) {
+      store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
+                   end.lse);
+    }
+#pragma unroll
+    for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
+      const float* pair = &state.out[r / 2][n][2 * (r % 2)];
+      q_tile.pair(row, 8 * n + 2 * (lane % 4)) =
+          pack<T>(pair[0] * end.out_scale, pair[1] * end.out_scale);
+      zero = fmaf(pair[0], 0.0f, fmaf(pair[1], 0.0f, zero));
+    }
+    spoilt[r] = zero != 0.0f && total.sum == total.sum;
+  }
+  __syncwarp();
+  T* out = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
+           tile.head * p.out_stride.head + tile.first_row * p.out_stride.seq;
+  for (int piece = lane; piece < Traits::kWarpRows * QTile::kChunks; piece += kWarpSize) {
+    const int row = warp_row + piece / QTile::kChunks, chunk = piece % QTile::kChunks;
+    if (row < tile.rows && chunk * QTile::kChunk < head_dim) {
+      store_global(reinterpret_cast<Chunk*>(out + row * p.out_stride.seq + chunk * QTile::kChunk),
+                   q_tile.chunk(row, chunk));
+    }
+  }
+
+  // --- Rows that a hidden value has spoilt ---
+  const uint32_t rows = spoilt_rows<State>(spoilt);
+  if (rows == 0) return;
+  __syncwarp();  // the stores above
+  for (int row = 0; row < Traits::kWarpRows; ++row) {
+    if ((rows >> row & 1) != 0 && warp_row + row < tile.rows) {
+      attend_exactly<T>(sources, blockIdx.x, Traits::kBlockM, warp_row + row);
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+void run_lambda_attn_sm80(AttnSources sources, Stream stream) {
+  using Traits = AttnTraits<T, kHeadDim>;
+  sources.query_tiles = query_tiles(sources.p, Traits::kBlockM);
+  launch("lambda_attn_sm80", lambda_attn_sm80_kernel<Traits>,
+         {sources.query_tiles * sources.p.heads_q * sources.p.batch, Traits::kThreads,
+          Traits::kSharedBytes},
+         stream, sources);
+}
+
+template <typename T>
+void run_lambda_attn_sm80(const AttnSources& sources, Stream stream) {
+  switch (sm80_tiles(sources.p.head_dim).head_dim) {
+    case 64:
+      return run_lambda_attn_sm80<T, 64>(sources, stream);
+    case 80:
+      return run_lambda_attn_sm80<T, 80>(sources, stream);
+    case 96:
+      return run_lambda_attn_sm80<T, 96>(sources, stream);
+    case 128:
+      return run_lambda_attn_sm80<T, 128>(sources, stream);
+    case 256:
+      return run_lambda_attn_sm80<T, 256>(sources, stream);
+  }
+  throw std::invalid_argument("lambda_attn: head dim " + std::to_string(sources.p.head_dim) +
+                              " on tensor cores, but at most 256 is built");
+}
+
+}  // namespace lminf::cuda
