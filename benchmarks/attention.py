@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.isa import LIMITS, hold_to
-from lminf_cuda.bench import PEERS, Shape, attention_rows, machine, write_rows
-from lminf_cuda.tables import print_bench
+from lminf_cuda.evaluation.machine import machine
+from lminf_cuda.evaluation.speed import PEERS, Shape, attention_rows, write_rows
+from lminf_cuda.evaluation.tables import print_bench
 
 RESULTS = Path(__file__).parent / "results"
 

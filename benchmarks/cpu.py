@@ -27,15 +27,8 @@ from benchmarks.isa import LIMITS, hold_to
 from benchmarks.model import model_speeds
 from benchmarks.variations import BASE, contender, variation_speeds
 from lminf_cuda import ops
-from lminf_cuda.bench import (
-    FLEX,
-    OURS,
-    SDPA_CAUSAL,
-    Shape,
-    attention_rows,
-    interleaved_medians,
-    machine,
-)
+from lminf_cuda.evaluation.machine import interleaved_medians, machine
+from lminf_cuda.evaluation.speed import FLEX, OURS, SDPA_CAUSAL, Shape, attention_rows
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lminf_cuda.bench import machine
+from lminf_cuda.evaluation.machine import machine
 
 TESTS = Path(__file__).resolve().parents[1] / "python_tests"
 FILES = ("test_lambda_attn.py", "test_lambda_decode.py")

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lminf_cuda.bench import interleaved_medians, machine
+from lminf_cuda.evaluation.machine import interleaved_medians, machine
 
 RESULTS = Path(__file__).parent / "results"
 COPY_BYTES = 1 << 30

@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
-from lminf_cuda.arguments import DEMO_MODEL
-from lminf_cuda.evaluate import chunk_bounds, stream
+from lminf_cuda.cli.loading import DEMO_MODEL
+from lminf_cuda.evaluation.lengths import chunk_bounds
+from lminf_cuda.evaluation.traces import stream
 
 SHORT, LONG = 4096, 16_384
 CHUNK = 1024

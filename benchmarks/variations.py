@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.isa import LIMITS, hold_to
-from lminf_cuda.bench import interleaved_medians, machine, visible_pairs
+from lminf_cuda.evaluation.machine import interleaved_medians, machine
+from lminf_cuda.evaluation.speed import visible_pairs
 
 RESULTS = Path(__file__).parent / "results"
 BASE = dict(heads=8, kv_heads=8, length=8192, head_dim=128, window=1024, n_global=16)

@@ -7,13 +7,13 @@ models is imported when first used.
 import importlib
 from typing import TYPE_CHECKING
 
-from lminf_cuda.functional import lambda_attention
+from lminf_cuda.ops.functional import lambda_attention
 
 if TYPE_CHECKING:
     from lminf_cuda import reference
     from lminf_cuda.models.cache import LambdaCache
     from lminf_cuda.models.patch import patch_model, unpatch_model
-    from lminf_cuda.plan import KernelPlan, decode_plan, kernel_plan
+    from lminf_cuda.ops.plan import KernelPlan, decode_plan, kernel_plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,10 +30,10 @@ __all__ = [
 
 # Public name -> module that holds it; a module stands for itself.
 _LAZY = {
-    "KernelPlan": "lminf_cuda.plan",
+    "KernelPlan": "lminf_cuda.ops.plan",
     "LambdaCache": "lminf_cuda.models.cache",
-    "decode_plan": "lminf_cuda.plan",
-    "kernel_plan": "lminf_cuda.plan",
+    "decode_plan": "lminf_cuda.ops.plan",
+    "kernel_plan": "lminf_cuda.ops.plan",
     "patch_model": "lminf_cuda.models.patch",
     "unpatch_model": "lminf_cuda.models.patch",
     "reference": "lminf_cuda.reference",

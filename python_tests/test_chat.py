@@ -12,8 +12,9 @@ from tiny_models import one_thread
 from typer.testing import CliRunner
 
 from lminf_cuda import cli, patch_model, unpatch_model
-from lminf_cuda.arguments import Device, Dtype, load
-from lminf_cuda.chat import Chat
+from lminf_cuda.cli.loading import load
+from lminf_cuda.cli.options import Device, Dtype
+from lminf_cuda.text.chatting import Chat
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"

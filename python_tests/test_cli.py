@@ -24,9 +24,13 @@ from transformers import (
 from typer.testing import CliRunner
 
 import lminf_cuda
-from lminf_cuda import arguments, cli, progress
-from lminf_cuda.arguments import Device, Dtype, load, parse_lengths
+from lminf_cuda import cli
+from lminf_cuda.cli import loading
+from lminf_cuda.cli.loading import load
+from lminf_cuda.cli.options import Device, Dtype, parse_lengths
+from lminf_cuda.evaluation import speed
 from lminf_cuda.models import compat
+from lminf_cuda.text import progress
 
 TEXT = "In the beginning God created the heaven and the earth. " * 8
 
@@ -431,7 +435,7 @@ def test_a_package_that_is_missing_is_named(folder, saved, monkeypatch):
     def from_pretrained(*args, **kwargs):
         raise ImportError("first line\nLoading this needs fancy: pip install fancy")
 
-    monkeypatch.setattr(arguments.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     assert "first line Loading this needs fancy: pip install fancy" in generate_from(saved, folder)
 
 
@@ -529,7 +533,7 @@ def test_files_that_are_no_model_are_named(folder, monkeypatch):
     assert "config.json is a file; give the folder" in output
     assert "no such folder" in generate_from("absent.gguf", folder)
     (folder / "some.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     assert "pip install gguf" in generate_from(folder / "some.gguf", folder)
     monkeypatch.undo()
     pytest.importorskip("gguf")
@@ -568,12 +572,12 @@ class Slow:
 
 
 STEPS = {
-    "loading": (arguments.AutoTokenizer, "from_pretrained", "generate", "loading llama"),
+    "loading": (loading.AutoTokenizer, "from_pretrained", "generate", "loading llama"),
     "prompt": (LlamaForCausalLM, "forward", "generate", "prompt"),
     "turn": (LlamaForCausalLM, "forward", "chat", "reading"),
     "evaluation": (LlamaForCausalLM, "forward", "evaluate", "LM-Infinite"),
     "passkeys": (LlamaForCausalLM, "forward", "passkey", "LM-Infinite"),
-    "first calls": (cli.benchmarks, "lambda_attention", "bench", "the first call of each peer.*"),
+    "first calls": (speed, "lambda_attention", "bench", "the first call of each peer.*"),
     "tokens": (PreTrainedTokenizerFast, "__call__", "generate", "tokenizing 440 characters"),
 }
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lminf_cuda import evaluate as ev
-from lminf_cuda.cli import DEMO_MODEL, HELD_OUT
+from lminf_cuda.cli.loading import DEMO_MODEL, HELD_OUT
+from lminf_cuda.evaluation.findings import findings
+from lminf_cuda.evaluation.losses import CUT, LM_INFINITE, VANILLA, Evaluation, evaluate
 from lminf_cuda.models.rope import training_length
+from lminf_cuda.text.reading import read_text, tokenize
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 MAX_BYTES = 12 * 2**20  # what the package may weigh with it
@@ -21,13 +23,13 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def result(tokenizer) -> ev.Evaluation:
+def result(tokenizer) -> Evaluation:
     model = AutoModelForCausalLM.from_pretrained(
         DEMO_MODEL, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    text = ev.tokenize(tokenizer, ev.read_text(HELD_OUT))
+    text = tokenize(tokenizer, read_text(HELD_OUT))
     length = training_length(model.config)
-    return ev.evaluate(model, text, LENGTHS, train_length=length, baseline_stride=64)
+    return evaluate(model, text, LENGTHS, train_length=length, baseline_stride=64)
 
 
 def test_it_is_small_and_its_held_out_text_is_long():
@@ -58,16 +60,13 @@ def test_a_token_is_a_byte(tokenizer):
 def test_it_reads_its_text_as_well_as_the_card_says(result):
     """Within 0.15 nats: the card's loss is a mean over all of the text, this one over its start."""
     facts = json.loads((DEMO_MODEL / "training.json").read_text())
-    cut = [result.row(ev.CUT, length).nats_per_token for length in LENGTHS]
+    cut = [result.row(CUT, length).nats_per_token for length in LENGTHS]
     assert sum(cut) / len(cut) == pytest.approx(facts["held_out_nats_per_byte"], abs=0.15)
 
 
 def test_lm_infinite_stays_fluent_where_vanilla_does_not(result):
     for length in LENGTHS[1:]:
-        ours, cut = (result.row(m, length).nats_per_token for m in (ev.LM_INFINITE, ev.CUT))
+        ours, cut = (result.row(m, length).nats_per_token for m in (LM_INFINITE, CUT))
         assert ours <= cut + 0.03
-    assert (
-        result.row(ev.VANILLA, 4096).nats_per_token
-        > result.row(ev.VANILLA, 256).nats_per_token + 0.5
-    )
-    assert all(sentence.startswith("Shown: ") for sentence in ev.findings(result)[:1])
+    assert result.row(VANILLA, 4096).nats_per_token > result.row(VANILLA, 256).nats_per_token + 0.5
+    assert all(sentence.startswith("Shown: ") for sentence in findings(result)[:1])

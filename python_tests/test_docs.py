@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lminf_cuda
 from lminf_cuda import cli
-from lminf_cuda.arguments import DEMO_MODEL
+from lminf_cuda.cli.loading import DEMO_MODEL
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

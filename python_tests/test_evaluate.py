@@ -10,10 +10,38 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lminf_cuda import LambdaCache, bench, patch_model, unpatch_model
-from lminf_cuda import evaluate as ev
-from lminf_cuda.generate import TextStream, generate
-from lminf_cuda.plots import bucket_means, plot_evaluation
+from lminf_cuda import LambdaCache, patch_model, unpatch_model
+from lminf_cuda.evaluation import losses
+from lminf_cuda.evaluation.findings import findings
+from lminf_cuda.evaluation.lengths import (
+    baseline_windows,
+    check_lengths,
+    chunk_bounds,
+    default_lengths,
+)
+from lminf_cuda.evaluation.losses import (
+    CUT,
+    LM_INFINITE,
+    VANILLA,
+    Evaluation,
+    Row,
+    evaluate,
+    rows_of,
+    write_results,
+)
+from lminf_cuda.evaluation.machine import machine
+from lminf_cuda.evaluation.plots import bucket_means, plot_evaluation
+from lminf_cuda.evaluation.speed import (
+    OURS,
+    SDPA_MASK,
+    Shape,
+    attention_rows,
+    visible_pairs,
+    write_rows,
+)
+from lminf_cuda.evaluation.traces import Trace, recompute, stream
+from lminf_cuda.text.generating import TextStream, generate
+from lminf_cuda.text.reading import Text, read_text, tokenize
 
 TRAIN_LENGTH = 16
 
@@ -67,7 +95,7 @@ def one_shot_nats(model: LlamaForCausalLM, tokens: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("n_tokens", [1, 2, 15, 16, 17, 18, 40, 101])
 @pytest.mark.parametrize("stride", [1, 3, 8, 16])
 def test_baseline_windows_score_every_token_once_from_enough_context(n_tokens, stride):
-    windows = ev.baseline_windows(n_tokens, TRAIN_LENGTH, stride)
+    windows = baseline_windows(n_tokens, TRAIN_LENGTH, stride)
     scored = [t for _, first, end in windows for t in range(first, end)]
     assert scored == list(range(1, n_tokens))
     for start, first, end in windows:
@@ -85,13 +113,13 @@ def test_baseline_windows_refuse_a_stride_that_leaves_no_context(stride):
     with pytest.raises(
         ValueError, match=f"stride must be 1 to the training length 16, got {stride}"
     ):
-        ev.baseline_windows(100, TRAIN_LENGTH, stride)
+        baseline_windows(100, TRAIN_LENGTH, stride)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
 def test_chunks_tile_the_inputs_and_end_at_every_length(chunk):
     lengths = [2, 16, 33, 100]
-    bounds = ev.chunk_bounds(lengths, chunk)
+    bounds = chunk_bounds(lengths, chunk)
     assert [t for start, end in bounds for t in range(start, end)] == list(range(99))
     assert all(end - start <= chunk for start, end in bounds)
     assert {length - 1 for length in lengths} <= {end for _, end in bounds}
@@ -107,7 +135,7 @@ def test_chunks_tile_the_inputs_and_end_at_every_length(chunk):
     ],
 )
 def test_default_lengths_double_from_the_training_length(train_length, n_tokens, expected):
-    assert ev.default_lengths(train_length, n_tokens) == expected
+    assert default_lengths(train_length, n_tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,7 +151,7 @@ def test_default_lengths_double_from_the_training_length(train_length, n_tokens,
 )
 def test_lengths_that_do_not_fit_are_named(lengths, n_tokens, message):
     with pytest.raises(ValueError, match=message):
-        ev.check_lengths(lengths, n_tokens)
+        check_lengths(lengths, n_tokens)
 
 
 # Text
@@ -131,7 +159,7 @@ def test_lengths_that_do_not_fit_are_named(lengths, n_tokens, message):
 
 def test_byte_ends_count_bytes_of_multibyte_text():
     text = "aé€😀z"
-    tokenized = ev.tokenize(byte_tokenizer(), text)
+    tokenized = tokenize(byte_tokenizer(), text)
     assert len(tokenized) == len(text.encode())
     assert tokenized.byte_ends[-1] == len(text.encode())
     assert tokenized.byte_ends[0] == 1
@@ -147,7 +175,7 @@ def test_unreadable_texts_are_named(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        ev.read_text(path)
+        read_text(path)
     assert "text.txt" in str(error.value)
 
 
@@ -156,8 +184,8 @@ def test_unreadable_texts_are_named(tmp_path, content, message):
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_streamed_vanilla_equals_one_forward(model, tokens, chunk):
-    bounds = ev.chunk_bounds([16, 50, 101], chunk)
-    trace = ev.stream(model, tokens, DynamicCache(config=model.config), bounds)
+    bounds = chunk_bounds([16, 50, 101], chunk)
+    trace = stream(model, tokens, DynamicCache(config=model.config), bounds)
     np.testing.assert_allclose(trace.nats, one_shot_nats(model, tokens), atol=2e-5)
     assert trace.ends[-1] == 101
     # keys and values, 2 layers, 2 heads of 8 float32 numbers, 100 tokens
@@ -167,7 +195,7 @@ def test_streamed_vanilla_equals_one_forward(model, tokens, chunk):
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_streamed_lm_infinite_equals_one_forward_and_its_cache_keeps_its_size(tokens, chunk):
     model = patch_model(tiny_model(), n_global=3, window=16)
-    trace = ev.stream(model, tokens, LambdaCache(model), ev.chunk_bounds([16, 50, 101], chunk))
+    trace = stream(model, tokens, LambdaCache(model), chunk_bounds([16, 50, 101], chunk))
     np.testing.assert_allclose(trace.nats, one_shot_nats(model, tokens), atol=2e-5)
     assert len(set(trace.cache_bytes)) == 1
     assert trace.cache_bytes[0] > 0
@@ -175,10 +203,10 @@ def test_streamed_lm_infinite_equals_one_forward_and_its_cache_keeps_its_size(to
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
 def test_cut_baseline_equals_a_forward_per_token(model, tokens, stride):
-    trace = ev.recompute(model, tokens, TRAIN_LENGTH, stride)
+    trace = recompute(model, tokens, TRAIN_LENGTH, stride)
     naive = [
         one_shot_nats(model, tokens[start : t + 1])[-1]
-        for start, first, end in ev.baseline_windows(len(tokens), TRAIN_LENGTH, stride)
+        for start, first, end in baseline_windows(len(tokens), TRAIN_LENGTH, stride)
         for t in range(first, end)
     ]
     np.testing.assert_allclose(trace.nats, naive, atol=2e-5)
@@ -187,34 +215,34 @@ def test_cut_baseline_equals_a_forward_per_token(model, tokens, stride):
 
 def test_cut_windows_begin_with_the_text_s_first_special_token(model, tokens):
     bos = int(tokens[0])
-    trace = ev.recompute(model, tokens, TRAIN_LENGTH, 1, bos_token_id=bos)
+    trace = recompute(model, tokens, TRAIN_LENGTH, 1, bos_token_id=bos)
     last = torch.cat([tokens[:1], tokens[-TRAIN_LENGTH:]])  # the first of 16 is replaced
     assert trace.nats[-1] == pytest.approx(one_shot_nats(model, last)[-1], abs=2e-5)
 
 
 def test_rows_are_means_and_rates_between_lengths():
     nats = np.arange(1, 10, dtype=np.float32)  # tokens 1..9
-    trace = ev.Trace(nats, ends=[4, 10], seconds=[1.0, 4.0], cache_bytes=[30, 90])
-    text = ev.Text(torch.zeros(10, dtype=torch.int64), np.arange(2, 22, 2))  # two bytes a token
-    first, second = ev.rows_of("vanilla", trace, text, [4, 10])
-    assert first == ev.Row("vanilla", 4, 3, 2.0, pytest.approx(6 / math.log(2) / 6), 3.0, 30)
+    trace = Trace(nats, ends=[4, 10], seconds=[1.0, 4.0], cache_bytes=[30, 90])
+    text = Text(torch.zeros(10, dtype=torch.int64), np.arange(2, 22, 2))  # two bytes a token
+    first, second = rows_of("vanilla", trace, text, [4, 10])
+    assert first == Row("vanilla", 4, 3, 2.0, pytest.approx(6 / math.log(2) / 6), 3.0, 30)
     assert (second.nats_per_token, second.tokens_per_second, second.cache_bytes) == (6.5, 2.0, 90)
 
 
 def test_rows_past_a_stop_say_so():
-    trace = ev.Trace(np.ones(5, np.float32), [6], [1.0], [10], stopped="no memory")
-    text = ev.Text(torch.zeros(10, dtype=torch.int64), None)
-    reached, missed = ev.rows_of("vanilla", trace, text, [6, 10])
+    trace = Trace(np.ones(5, np.float32), [6], [1.0], [10], stopped="no memory")
+    text = Text(torch.zeros(10, dtype=torch.int64), None)
+    reached, missed = rows_of("vanilla", trace, text, [6, 10])
     assert reached.nats_per_token == 1.0
     assert reached.bits_per_byte is None  # no byte offsets
     assert missed.nats_per_token is None
     assert missed.note == "stopped at 6 tokens: no memory"
 
 
-def run(model, tokens, **options) -> ev.Evaluation:
-    text = ev.Text(tokens, np.arange(1, len(tokens) + 1))
+def run(model, tokens, **options) -> Evaluation:
+    text = Text(tokens, np.arange(1, len(tokens) + 1))
     options = {"n_global": 3, "chunk": 10, "baseline_stride": 4} | options
-    return ev.evaluate(model, text, [16, 32, 101], train_length=TRAIN_LENGTH, **options)
+    return evaluate(model, text, [16, 32, 101], train_length=TRAIN_LENGTH, **options)
 
 
 def test_evaluate_scores_all_three_and_leaves_the_model_as_it_was(tokens):
@@ -223,9 +251,9 @@ def test_evaluate_scores_all_three_and_leaves_the_model_as_it_was(tokens):
     result = run(model, tokens)
     assert np.array_equal(one_shot_nats(model, tokens), before)
     # up to the window's size all three compute the same thing
-    losses = [result.row(m, 16).nats_per_token for m in (ev.VANILLA, ev.LM_INFINITE, ev.CUT)]
+    losses = [result.row(m, 16).nats_per_token for m in (VANILLA, LM_INFINITE, CUT)]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-    assert result.row(ev.VANILLA, 101).nats_per_token == pytest.approx(before[31:].mean(), abs=1e-5)
+    assert result.row(VANILLA, 101).nats_per_token == pytest.approx(before[31:].mean(), abs=1e-5)
     assert result.settings["window"] == TRAIN_LENGTH
     assert all(row.tokens_per_second > 0 for row in result.rows)
     assert all(trace.peak_rss_bytes > 0 for trace in result.traces.values())
@@ -233,17 +261,17 @@ def test_evaluate_scores_all_three_and_leaves_the_model_as_it_was(tokens):
 
 def test_vanilla_stops_when_its_time_is_up(model, tokens):
     result = run(model, tokens, vanilla_seconds=0)
-    row = result.row(ev.VANILLA, 101)
+    row = result.row(VANILLA, 101)
     assert row.nats_per_token is None
     assert "its time of 0 s was up" in row.note
-    assert result.row(ev.LM_INFINITE, 101).nats_per_token is not None
+    assert result.row(LM_INFINITE, 101).nats_per_token is not None
 
 
 def test_vanilla_stops_when_memory_would_not_do(model, tokens, monkeypatch):
-    monkeypatch.setattr(ev, "available_memory", lambda device: 40_000)
+    monkeypatch.setattr(losses, "available_memory", lambda device: 40_000)
     result = run(model, tokens)
-    assert result.row(ev.VANILLA, 32).nats_per_token is not None
-    assert "101 tokens need" in result.row(ev.VANILLA, 101).note
+    assert result.row(VANILLA, 32).nats_per_token is not None
+    assert "101 tokens need" in result.row(VANILLA, 101).note
 
 
 @pytest.mark.parametrize(
@@ -269,27 +297,27 @@ def test_evaluate_unpatches_after_an_error(tokens):
 def evaluation(vanilla, ours, cut, *, ours_cache=(8, 8, 8), seconds=(9.0, 1.0, 8.0)):
     """An evaluation with the given losses at 16, 32 and 64 tokens."""
     lengths = [16, 32, 64]
-    methods = (ev.VANILLA, ev.LM_INFINITE, ev.CUT)
+    methods = (VANILLA, LM_INFINITE, CUT)
     losses = dict(zip(methods, (vanilla, ours, cut), strict=True))
-    caches = {ev.VANILLA: (16, 32, 64), ev.LM_INFINITE: ours_cache, ev.CUT: (0, 0, 0)}
+    caches = {VANILLA: (16, 32, 64), LM_INFINITE: ours_cache, CUT: (0, 0, 0)}
     rows = [
-        ev.Row(m, length, 16, losses[m][n], None, 1.0, caches[m][n])
+        Row(m, length, 16, losses[m][n], None, 1.0, caches[m][n])
         for m in methods
         for n, length in enumerate(lengths)
     ]
     traces = {
-        m: ev.Trace(np.ones(63, np.float32), [64], [s], [caches[m][-1]])
+        m: Trace(np.ones(63, np.float32), [64], [s], [caches[m][-1]])
         for m, s in zip(methods, seconds, strict=True)
     }
     settings = {"baseline_stride": 4, "n_global": 3, "window": 16, "dtype": "float32"}
-    return ev.Evaluation(lengths, 16, settings, traces, rows)
+    return Evaluation(lengths, 16, settings, traces, rows)
 
 
 FLAT, GROWING = (1.0, 1.0, 1.0), (1.0, 2.0, 3.0)
 
 
 def test_findings_say_what_holds_with_its_numbers():
-    fluent, cost = ev.findings(evaluation(GROWING, (1.0, 1.01, 1.02), FLAT))
+    fluent, cost = findings(evaluation(GROWING, (1.0, 1.01, 1.02), FLAT))
     assert fluent.startswith("Shown: ")
     assert "1.00 nats per token at 16 to 3.00 at 64" in fluent
     assert "at worst 0.020 nats above" in fluent
@@ -308,19 +336,19 @@ def test_findings_say_what_holds_with_its_numbers():
 )
 def test_findings_say_what_does_not_hold(changes, which, reason):
     losses = {"vanilla": GROWING, "ours": FLAT, "cut": FLAT}
-    sentence = ev.findings(evaluation(**(losses | changes)))[which]
+    sentence = findings(evaluation(**(losses | changes)))[which]
     assert sentence.startswith("NOT shown (")
     assert reason in sentence
 
 
 def test_findings_without_a_row_past_training_claim_nothing():
-    (sentence,) = ev.findings(evaluation((1.0, None, None), FLAT, FLAT))
+    (sentence,) = findings(evaluation((1.0, None, None), FLAT, FLAT))
     assert sentence.startswith("NOT shown")
 
 
 def test_results_and_plot_are_written(tmp_path):
     result = evaluation(GROWING, FLAT, FLAT)
-    ev.write_results(result, tmp_path / "new")
+    write_results(result, tmp_path / "new")
     lines = (tmp_path / "new" / "evaluation.csv").read_text().splitlines()
     assert lines[0].startswith("method,length,tokens,nats_per_token")
     assert len(lines) == 1 + 9
@@ -424,12 +452,12 @@ def test_generate_refuses_what_it_cannot_do(prompt, options, message):
 def test_visible_pairs_equal_a_count(length, window, n_global):
     i, j = np.mgrid[:length, :length]
     visible = (i >= j) & ((i - j < window) | (j < n_global))
-    assert bench.visible_pairs(length, window, n_global) == visible.sum()
+    assert visible_pairs(length, window, n_global) == visible.sum()
 
 
 def test_attention_rows_hold_peers_that_agree(tmp_path):
-    shape = bench.Shape(1, 4, 2, 96, 16, 24, 3)
-    rows = bench.attention_rows(
+    shape = Shape(1, 4, 2, 96, 16, 24, 3)
+    rows = attention_rows(
         shape,
         torch.float32,
         device=torch.device("cpu"),
@@ -437,12 +465,12 @@ def test_attention_rows_hold_peers_that_agree(tmp_path):
         rounds=1,
     )
     by_name = {row.name: row for row in rows}
-    assert by_name[bench.OURS].times_ours == 1.0
-    assert by_name[bench.SDPA_MASK].max_difference < 1e-5
-    pairs = bench.visible_pairs(96, 24, 3)
-    ours = by_name[bench.OURS]
+    assert by_name[OURS].times_ours == 1.0
+    assert by_name[SDPA_MASK].max_difference < 1e-5
+    pairs = visible_pairs(96, 24, 3)
+    ours = by_name[OURS]
     assert ours.gflops_per_second * ours.seconds == pytest.approx(4 * 16 * pairs * 4 / 1e9)
-    facts = bench.machine(torch.device("cpu"))
-    json_path, csv_path = bench.write_rows(rows, shape, facts, tmp_path, "small")
+    facts = machine(torch.device("cpu"))
+    json_path, csv_path = write_rows(rows, shape, facts, tmp_path, "small")
     assert json.loads(json_path.read_text())["machine"]["torch"] == torch.__version__
     assert len(csv_path.read_text().splitlines()) == 1 + len(rows)

@@ -14,9 +14,11 @@ from test_cli import folder, lminf  # noqa: F401  (a fixture)
 from tiny_models import one_thread
 from torch import Tensor
 
-from lminf_cuda import passkey, patch_model, plots, unpatch_model
-from lminf_cuda.arguments import Device, Dtype, load
-from lminf_cuda.passkey import Cell, Prompts
+from lminf_cuda import patch_model, unpatch_model
+from lminf_cuda.cli.loading import load
+from lminf_cuda.cli.options import Device, Dtype
+from lminf_cuda.evaluation import passkey, plots
+from lminf_cuda.evaluation.passkey import Cell, Prompts
 
 
 @pytest.fixture(autouse=True, scope="module")

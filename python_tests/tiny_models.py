@@ -277,7 +277,7 @@ class _Dense:
     ) -> tuple[Tensor, None]:
         # A module that serves several layers, which are alike, has no index or -1.
         layers = [layer for layer in self.layers if layer is not None]
-        index = module.layer_idx
+        index: Any = module.layer_idx
         layer = layers[0] if index in (None, -1) else self.layers[index]
         group = q.shape[1] // k.shape[1]
         q, k, v = q.double(), *(x.double().repeat_interleave(group, 1) for x in (k, v))

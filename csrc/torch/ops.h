@@ -1,4 +1,4 @@
-// The ops in C++, with the signatures of the schemas in lminf_cuda/ops.py, where they are
+// The ops in C++, with the signatures of the schemas in lminf_cuda/ops/schemas.py, where they are
 // explained. They run on any device that run() in backend.h knows.
 #pragma once
 

@@ -13,7 +13,7 @@ Some scale a query by its own position besides (llama4, ministral3, beam). That 
 Λ attention is about, and stays as it is: each row counts its own tokens.
 
 Every family is compared with its unpatched model and with the definition, by
-python_tests/test_patches.py and python_tests/family_sweep.py, whose table over all causal LMs of
+python_tests/test_patches.py and tools/family_sweep.py, whose table over all causal LMs of
 transformers is docs/families.md.
 """
 

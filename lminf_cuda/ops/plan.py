@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lminf_cuda import ops
+from lminf_cuda import _C
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _plan(
     if multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors}, but must be at least 1")
     with torch.no_grad():
-        found = ops._C.plan(call, _capability(device_capability), multiprocessors)
+        found = _C.plan(call, _capability(device_capability), multiprocessors)
     return NOTHING if found is None else KernelPlan(**found)
 
 

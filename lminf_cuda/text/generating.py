@@ -10,8 +10,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from lminf_cuda.models.cache import LambdaCache
-from lminf_cuda.models.compat import GENERATION_CACHE, cache_keyword
-from lminf_cuda.progress import progress, waiting
+from lminf_cuda.models.compat import GENERATION_CACHE
+from lminf_cuda.text.progress import waiting
+from lminf_cuda.text.reading import prefill
 
 UNFINISHED = "\ufffd"  # what decoders give for bytes that are no whole character (yet)
 LONGEST_CHARACTER = 4  # bytes of the longest UTF-8 character
@@ -60,18 +61,6 @@ class TextStream(BaseStreamer):  # type: ignore[misc]
         """Write what is left, whole or not."""
         if len(self.tokens) > self.written:
             self._flush()
-
-
-@torch.inference_mode()
-def prefill(model: Any, input_ids: torch.Tensor, chunk: int, cache: LambdaCache) -> None:
-    """Read all of input_ids [1, n] but its last token into the cache, `chunk` tokens at a time."""
-    n = input_ids.shape[1] - 1
-    with_cache = cache_keyword(model, cache)
-    with progress(n, "prompt", "tok") as bar:
-        for start in range(0, n, chunk):
-            piece = input_ids[:, start : min(start + chunk, n)]
-            model(input_ids=piece, use_cache=True, logits_to_keep=1, **with_cache)
-            bar.update(piece.shape[1])
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +17,15 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lminf_cuda import ops
-from lminf_cuda.functional import lambda_attention
-from lminf_cuda.progress import progress, waiting
+from lminf_cuda.evaluation.machine import interleaved_medians
+from lminf_cuda.ops.functional import lambda_attention
+from lminf_cuda.text.progress import progress, waiting
 
 OURS, OURS_ROTATED = "lambda_attn", "lambda_attn, rotation inside"
 FLEX, SDPA_MASK, SDPA_CAUSAL = "flex, same mask", "sdpa, same mask", "sdpa, causal"
 CEILING = "torch.mm ceiling"
 PEERS = {"flex": FLEX, "sdpa-mask": SDPA_MASK, "sdpa-causal": SDPA_CAUSAL, "mm": CEILING}
 CEILING_SIZE = 3072  # rows and columns of the matrix product that measures the ceiling
-SPEED_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16")
 
 
 @dataclass(frozen=True)
@@ -78,61 +73,6 @@ def visible_pairs(length: int, window: int, n_global: int) -> int:
     outside = max(0, length - window)
     ramp = min(outside, n_global)
     return window_pairs + ramp * (ramp + 1) // 2 + (outside - ramp) * n_global
-
-
-def interleaved_medians(
-    functions: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    device: torch.device,
-    after_each: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that a busy moment hits all alike.
-
-    `after_each` is called, outside of the clock, after every call of one of them.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for round_index in range(rounds + 1):
-        for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if round_index:  # the first round warms up
-                samples[name].append(time.perf_counter() - began)
-            after_each()
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def _cpu_info(field: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith(field)), "")
-
-
-def cpu_flags() -> list[str]:
-    """The instruction sets this processor has that matter for speed, as far as the system tells."""
-    flags = set((_cpu_info("flags") or _cpu_info("Features")).split())
-    return [flag for flag in SPEED_FLAGS if flag in flags]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    facts: dict[str, Any] = {
-        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
-        "flags": cpu_flags(),
-        "cores": os.cpu_count(),
-        "instruction_set": ops.cpu_isa(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "system": platform.platform(),
-    }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts
 
 
 def _lambda_mask(shape: Shape) -> Callable[..., torch.Tensor]:

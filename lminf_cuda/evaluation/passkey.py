@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lminf_cuda.generate import prefill
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import GENERATION_CACHE
 from lminf_cuda.models.patch import patch_model, unpatch_model
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
-from lminf_cuda.progress import progress
+from lminf_cuda.text.progress import progress
+from lminf_cuda.text.reading import prefill
 
 INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "

@@ -1,8 +1,8 @@
 """Every causal LM of the installed transformers, patched: worked, refused, or wrong.
 
-    python python_tests/family_sweep.py    # writes docs/families.md and the README's count of
+    python tools/family_sweep.py    # writes docs/families.md and the README's count of
                                            # them, with the newest tested transformers
-    python python_tests/family_sweep.py llama gpt_oss   # prints the rows of these types
+    python tools/family_sweep.py llama gpt_oss   # prints the rows of these types
 
 A type that patch_model takes is built with a tiny config and random weights, and has worked when
 its logits equal
@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny_models import VOCAB, definition, one_thread, randomize, tokens
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,6 +43,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
+from tiny_models import VOCAB, definition, one_thread, randomize, tokens
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.models.compat import TESTED, cache_keyword, recurrent_layers_are_known
@@ -349,10 +351,12 @@ def tiny_wrapper_config(model_type: str) -> Any:
     parts = {}
     for name in default.sub_configs:
         part = getattr(default, name, None)
-        if part is text:
-            parts[name] = tiny_config(text.model_type, type(text)).to_dict()
-        elif part is not None:
-            parts[name] = _tiny_tower(part)
+        if part is None:
+            continue
+        is_text = part is text
+        parts[name] = (
+            tiny_config(part.model_type, type(part)).to_dict() if is_text else _tiny_tower(part)
+        )
     around = copy.deepcopy(_AROUND.get(model_type, {}))
     parts = {name: part | around.pop(name, {}) for name, part in parts.items()}
     config = AutoConfig.for_model(model_type, **parts, **(_TOKENS | around))
@@ -559,7 +563,7 @@ def table(rows: dict[str, tuple[str, str]]) -> str:
     lines = [
         "# Model types that `patch_model` serves",
         "",
-        "Written by `python python_tests/family_sweep.py`, which builds a tiny random model of",
+        "Written by `python tools/family_sweep.py`, which builds a tiny random model of",
         "each type and compares it, patched, with the unpatched one and with a dense rewrite; its",
         "first lines say how. The encoder-decoders are compared by",
         "`python_tests/test_encoder_decoder.py`.",

@@ -5,8 +5,6 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from lminf_cuda import ops as _ops  # noqa: F401  (registers torch.ops.lminf)
-
 _TYPE_NAMES = {
     Tensor: "a torch.Tensor",
     int: "an int",

@@ -13,10 +13,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from lminf_cuda.generate import TextStream, check_counts, check_sampling
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
-from lminf_cuda.progress import progress
+from lminf_cuda.text.generating import TextStream, check_counts, check_sampling
+from lminf_cuda.text.progress import progress
 
 _ANSWER = "lminf answer"  # stands for an answer where only what follows it is wanted
 

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lminf_cuda.evaluate import CUT, LM_INFINITE, VANILLA, Evaluation
-from lminf_cuda.passkey import Cell
+from lminf_cuda.evaluation.losses import CUT, LM_INFINITE, VANILLA, Evaluation
+from lminf_cuda.evaluation.passkey import Cell
 
 BUCKETS_PER_OCTAVE = 8
 COLORS = {VANILLA: "#c4453c", LM_INFINITE: "#1f5fa8", CUT: "#f0b64d"}

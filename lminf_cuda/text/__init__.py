@@ -1,0 +1,1 @@
+"""Reading, writing and talking with a patched model, each in constant memory."""
