@@ -9,8 +9,8 @@ A query at position i sees the key at position j, at distance d = i - j, when
 
     d >= 0  and  (d < window  or  j < n_global)
 
-and meets it as if it stood at distance min(d, max_distance). Keys that a query does not see cannot
-reach its row, whatever they hold: NaN and infinity included.
+and meets it as if it stood at distance min(d, max_distance). Keys that no query sees (padding,
+unused slots) reach no row, whatever they hold: NaN and infinity included.
 
 Letters in shape comments: B batch, Hq and Hkv heads of queries and keys, Sq queries, Sk keys, D
 head dim, R rotary dim, G = n_global, C ring capacity.
@@ -132,13 +132,8 @@ def _attend(
     p = s.softmax(dim=-1)[..., : v.shape[2]]  # NaN where a row sees nothing at all
     p = p.masked_fill(~visible, 0.0)
 
-    # 0 * NaN is NaN: a value that is not finite is added only to the rows that see it.
-    finite = v.isfinite()
-    out = p @ v.masked_fill(~finite, 0.0)
-    for j in (~finite).any(-1).flatten(0, 1).any(0).nonzero().flatten().tolist():
-        bad = torch.where(finite[:, :, j], 0.0, v[:, :, j])[:, :, None, :]
-        out = out + (p[..., j, None] * bad).masked_fill(~visible[..., j, None], 0.0)
-    return out, lse
+    # 0 * NaN is NaN: what no query sees is left out.
+    return p @ v.masked_fill(~visible.any(2)[..., None], 0.0), lse
 
 
 def lambda_attention(

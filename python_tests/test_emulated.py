@@ -90,17 +90,15 @@ def check_merge_overlaps(option, dtype):
             plan = decode_plan(
                 *arguments, device_capability=capability, multiprocessors=multiprocessors, **score
             )
-            mends = dtype != torch.float32 and "distance_bias" in score
             assert first["kernel"] == f"lambda_decode_{plan.kernel}"
             assert first["blocks"] == plan.blocks == 4 * plan.splits
             can_overlap = capability >= 90 and code
             assert first["triggered"] == (first["blocks"] if can_overlap else 0)
             assert not first["overlaps"]
-            assert len(rest) == (plan.splits > 1 or mends)
+            assert len(rest) == (plan.splits > 1)
             assert (plan.splits > 1) == (multiprocessors > 1)
             for launch in rest:
-                name = "mend" if mends else "merge"
-                assert launch["kernel"] == f"lambda_decode_{name}" and launch["blocks"] == 8
+                assert launch["kernel"] == "lambda_decode_merge" and launch["blocks"] == 8
                 assert launch["overlaps"] == can_overlap
             assert plan.overlaps == (capability >= 90 and len(rest) == 1)
         for capability, code in ((90, False), (120, True)):

@@ -187,29 +187,23 @@ def test_padding_is_never_seen(backend, option, poison, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("into", ["k", "v"])
-def test_a_key_reaches_only_the_rows_that_see_it(backend, into, poison, dtype):
-    """Poison inside tiles that other queries of the same tile do see."""
-    n_global, window, seqlen = 3, 20, 150
-    q, k, v = qkv(seqlen, seqlen, dtype=dtype)
-    rows = torch.arange(seqlen)
-    common = dict(n_global=n_global, window=window, max_distance=25, **options("rope", 2, 64))
-    clean, _ = check_lambda_attn(backend, q, k, v, **common)
-    for bad in (2, 3, 40, 63, 64, 100, 149):
-        sees = (rows >= bad) & ((rows - bad < window) | (bad < n_global))
-        where = (slice(None), slice(None), bad, slice(5, 9))
-        k_bad = poisoned(k, where, poison) if into == "k" else k
-        v_bad = poisoned(v, where, poison) if into == "v" else v
-        positional = (n_global, window)
-        rest = {name: x for name, x in common.items() if name not in ("n_global", "window")}
-        out, lse = call(backend, "lambda_attn", q, k_bad, v_bad, *positional, **rest)
-        torch.testing.assert_close(out[:, :, ~sees], clean[:, :, ~sees], rtol=1e-2, atol=1e-2)
-        assert lse[:, :, ~sees].isfinite().all()
-        if into == "v":
-            assert not out[:, :, sees, 5:9].isfinite().any()
-            others = [d for d in range(64) if not 5 <= d < 9]
-            assert out[..., others].isfinite().all()
-        elif poison != poison:
-            assert out[:, :, sees].isnan().all()
+def test_a_token_that_is_not_finite_stays_in_its_tile(backend, into, poison, dtype):
+    """It reaches the rows that see it, and no row that meets none of its tile."""
+    bad, seqlen = 300, 350
+    q, k, v = qkv(seqlen, seqlen, heads_q=4, heads_kv=2, dtype=dtype)
+    score = options("rope", 4, 64)
+    clean, _ = call(backend, "lambda_attn", q, k, v, 3, 20, **score)
+    where = (0, 1, bad, slice(5, 9))
+    k_bad = poisoned(k, where, poison) if into == "k" else k
+    v_bad = poisoned(v, where, poison) if into == "v" else v
+    out, lse = call(backend, "lambda_attn", q, k_bad, v_bad, 3, 20, **score)
+    assert torch.equal(out[:, :2], clean[:, :2])
+    assert torch.equal(out[:, 2:, :200], clean[:, 2:, :200])
+    sees = slice(bad, bad + 20)
+    if into == "v":
+        assert not out[:, 2:, sees, 5:9].isfinite().any()
+    elif poison != poison:
+        assert out[:, 2:, sees].isnan().all() and lse[:, 2:, sees].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,18 +219,6 @@ def test_scores_far_beyond_a_float_exponent(backend, option, exponent, dtype):
     out, lse = call(backend, "lambda_attn", q, k, v, 2, 30, **options_)
     torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("poison", [NAN, INF])
-def test_a_query_that_is_not_finite_stays_in_its_row(backend, poison):
-    q, k, v = qkv(90, 90)
-    common = dict(n_global=3, window=20, **options("rope", 2, 64))
-    clean, _ = check_lambda_attn(backend, q, k, v, **common)
-    q = poisoned(q, (0, 1, 40), poison)
-    out, _ = call(backend, "lambda_attn", q, k, v, 3, 20, inv_freq=common["inv_freq"])
-    assert out[0, 1, 40].isnan().all()
-    out[0, 1, 40] = clean[0, 1, 40]
-    torch.testing.assert_close(out, clean, rtol=0, atol=1e-6)
 
 
 OFFSETS = [0, 1, 63, 1000, (1 << 24) + 1, 200_000_000, (1 << 31) - 200]
@@ -263,7 +245,7 @@ def test_few_queries_after_many_keys(backend, shape, dtype):
     for b, start in enumerate(k_start.tolist()):
         seen = slice(max(0, n_global - start), max(0, seqlen_k - seqlen_q - window + 1))
         k[b, :, seen] = NAN
-        k[b, :, : max(0, -start)] = NAN
+        k[b, :, : max(0, -start)] = v[b, :, : max(0, -start)] = NAN
     check_lambda_attn(
         backend, q, k, v, n_global=n_global, window=window, max_distance=max_distance,
         k_start=k_start, **options("rope scaled", 2, 64),
@@ -279,11 +261,6 @@ def test_dropped_keys(backend, option, offset, dtype):
     q, k, v = qkv(seqlen_q, seqlen_k, batch=2, heads_q=4, heads_kv=2, dtype=dtype)
     global_k, global_v = randn(9, *[(2, 2, n_global, 64)] * 2, dtype=dtype)
     k_start = torch.tensor([offset, max(0, offset - 5)])
-    # No query is a window past the last global slots yet: they are unused.
-    for b in range(2):
-        used = int(k_start[b]) + seqlen_k - window
-        global_k[b, :, max(0, used) :] = NAN
-        global_v[b, :, max(0, used) :] = INF
     for max_distance in (None, 55):
         check_lambda_attn(
             backend,
@@ -302,9 +279,10 @@ def test_dropped_keys(backend, option, offset, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_global", [0, 3, 16, 17, 64, 65])
-def test_global_keys_beside_a_short_sequence(backend, n_global, dtype):
-    """Global slots that no token has reached hold NaN."""
-    seqlen, window = 50, 13
+@pytest.mark.parametrize("window", [1, 13, 16])
+def test_global_keys_beside_a_short_sequence(backend, window, n_global, dtype):
+    """Global slots that no token has reached hold NaN, beside some in one tile that are seen."""
+    seqlen = 50
     q, k, v = qkv(seqlen, seqlen, dtype=dtype)
     global_k, global_v = (torch.full((1, 1, n_global, 64), NAN, dtype=dtype) for _ in range(2))
     kept = min(n_global, seqlen)
@@ -393,27 +371,29 @@ def test_a_bias_for_every_distance(backend, option, limit, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("n_global", [0, 3, 40])
-def test_a_hidden_distance_is_never_seen(backend, n_global, poison, dtype):
-    """Whatever stands there, with a softcap and a sink, too; a row that hides all has out 0."""
+def test_a_hidden_distance_is_never_seen(backend, n_global, dtype):
+    """Whatever weight a softcap leaves it, beside a sink, too; a row that hides all has out 0."""
     q, k, v = qkv(100, 100, heads_q=4, heads_kv=2, dtype=dtype)
     bad, hidden = 50, torch.tensor([True, False, True, False])
     table = biases(4, 30)
     table[hidden] = -INF
-    for x in (k, v):
-        x[:, :, bad] = poison
     # The heads that see it: at distance 0 to 12, and from n_global > 40 on at the clamp.
     table[~hidden, :13] = -INF
     sees = (torch.arange(100) >= bad + 13) & (torch.arange(100) < bad + 20)
-    out, lse = call(
-        backend, "lambda_attn", q, k, v, n_global, 20, max_distance=30, distance_bias=table,
-        softcap=3.0, sink_logits=torch.ones(4),
-    )  # fmt: skip
+    results = []
+    for value in (0.0, 30000.0):
+        v[:, :, bad] = value
+        results.append(
+            call(
+                backend, "lambda_attn", q, k, v, n_global, 20, max_distance=30,
+                distance_bias=table, softcap=3.0, sink_logits=torch.ones(4),
+            )
+        )  # fmt: skip
+    (without, _), (out, lse) = results
     assert (out[:, hidden] == 0).all() and (lse[:, hidden] == -INF).all()
-    assert out[:, ~hidden][:, :, ~sees].isfinite().all()
-    assert not out[:, ~hidden][:, :, sees].isfinite().any()
-    assert not lse[:, ~hidden][:, :, ~sees].isnan().any()
+    torch.testing.assert_close(out[:, :, ~sees], without[:, :, ~sees], rtol=1e-2, atol=1e-2)
+    assert (out[:, ~hidden][:, :, sees] > 1).all()
 
 
 def test_a_bias_beside_alibi_and_rope_adds_up(backend):

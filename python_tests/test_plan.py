@@ -53,8 +53,9 @@ def test_which_kernel_serves_a_forward_on_hopper(dtype):
     """On compute capability 9.0 alone, what the tensor cores cover in tensors that TMA covers: a
     side that is stepped over has a stride of its own."""
 
-    def kernel(q, k, v, device_capability=90, **options):
-        return kernel_plan(q, k, v, 2, 4, device_capability=device_capability, **options).kernel
+    def kernel(q, k, v, window=4, device_capability=90, **options):
+        plan = kernel_plan(q, k, v, 2, window, device_capability=device_capability, **options)
+        return plan.kernel
 
     for head_dim in (8, 40, 64, 80, 128, 136, 256):
         assert kernel(*qkv(8, 8, dtype=dtype, head_dim=head_dim)) == "sm90"
@@ -63,9 +64,11 @@ def test_which_kernel_serves_a_forward_on_hopper(dtype):
         {"inv_freq": frequencies(64)},
         {"softcap": 2.0, "alibi_slopes": torch.ones(4), "sink_logits": torch.ones(4)},
         {"k_start": torch.zeros(2, dtype=torch.int64)},
-        {"global_k": k[:, :, :2], "global_v": v[:, :, :2]},
     ):
         assert kernel(q, k, v, **options) == "sm90"
+    own_globals = {"global_k": k[:, :, :2], "global_v": v[:, :, :2]}
+    assert kernel(q, k, v, window=16, **own_globals) == "sm90"
+    assert kernel(q, k, v, window=15, **own_globals) == "sm80"  # a tile might hold unused slots
     assert kernel(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))) == "sm90"
     for other in (80, 86, 89, 100, 120):
         assert kernel(q, k, v, device_capability=other) == "sm80"

@@ -56,6 +56,9 @@ struct Branch {
 
   LMINF_HD bool empty() const { return distance.empty() || keys.empty(); }
 
+  // The same branch without the keys that none of the queries sees.
+  LMINF_HD Branch seen_by(Range queries) const { return {distance, visible_keys(queries)}; }
+
   // Keys that at least one query of a non-empty tile sees.
   LMINF_HD Range visible_keys(Range queries) const {
     if (distance.empty()) return {0, 0};

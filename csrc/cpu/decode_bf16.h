@@ -185,11 +185,7 @@ class DecodeProductBf16 {
       for (; d + 128 <= dim; d += 128) value_tiles<4>(slice, count, dim, v, d);
       for (; d + 64 <= dim; d += 64) value_tiles<2>(slice, count, dim, v, d);
       if (d < dim) value_tiles<1>(slice, count, dim, v, d);
-      // A zero beside a probability does not keep an infinity or NaN out of the neighbouring dim.
-      if (all_finite(out_, count * dim))
-        add_dims(count, dim, out + h * dim);
-      else
-        DecodeProduct<bf16, kBlock>().add_values(slice, count, dim, v, out + h * dim);
+      add_dims(count, dim, out + h * dim);
     }
   }
 
@@ -403,14 +399,6 @@ class DecodeProductBf16 {
       _tile_stored(2, out + 32, bytes);
       _tile_stored(3, out + 48, bytes);
     }
-  }
-
-  static bool all_finite(const float* x, int n) {
-    constexpr int kNanOrInfinity = 0x99;
-    unsigned found = 0;
-    for (int i = 0; i < n; i += kLanes)
-      found |= _mm512_fpclass_ps_mask(vload(x + i), kNanOrInfinity);
-    return found == 0;
   }
 
   void add_dims(int count, int dim, float* out) const {

@@ -165,12 +165,16 @@ class LambdaAttnForward {
     KeySource<T> far_source = global;
     far_source.frame = KeyFrame::kMaxDistance;
 
+    // Tiles are packed for all tasks of a sequence. What none of its queries sees, like a global
+    // slot that no token has reached, becomes zeros.
+    const Range all = {held.hi - (p_.cu_seqlens != nullptr ? t.keys : p_.seqlen_q), held.hi};
     const Range queries = {t.position, t.position + t.queries};
-    Walk far(TileKind::kFar, far_branch(global_held, p_.n_global, p_.max_distance), far_source,
-             queries);
-    Walk near(TileKind::kNear, near_branch(global_held, p_.n_global, p_.window, p_.max_distance),
+    Walk far(TileKind::kFar, far_branch(global_held, p_.n_global, p_.max_distance).seen_by(all),
+             far_source, queries);
+    Walk near(TileKind::kNear,
+              near_branch(global_held, p_.n_global, p_.window, p_.max_distance).seen_by(all),
               global, queries);
-    Walk window(TileKind::kWindow, window_branch(held, p_.window), own, queries);
+    Walk window(TileKind::kWindow, window_branch(held, p_.window).seen_by(all), own, queries);
 
     // Every block of rows meets as many tiles in one go as are kept at the same time; mostly that
     // is all of them, and the block's queries and outputs stay in the first cache level.
@@ -265,9 +269,8 @@ class LambdaAttnForward {
       const int64_t first = walk.source.first + index * kTileKeys<E>;
       const Range wanted = intersect(walk.branch.keys, {first, first + kTileKeys<E>});
       const auto& tile = s.tiles.get(walk.kind, t.sequence, t.head_kv, index, [&](auto& slot) {
-        slot.finite =
-            pack_tile(walk.source, first, wanted, dim_, dim_padded_, rotary_, p_.max_distance,
-                      s.rotation, s.row, s.key_rows, slot.keys, slot.values);
+        pack_tile(walk.source, first, wanted, dim_, dim_padded_, rotary_, p_.max_distance,
+                  s.rotation, s.row, s.key_rows, slot.keys, slot.values);
       });
       run_block(t, walk.branch, walk.source.frame, tile, first, b.row, b.rows, s);
     }
@@ -348,22 +351,9 @@ class LambdaAttnForward {
   // The probabilities of the columns [begin, end) times their values.
   void add_values(const Meeting& m, int begin, int end, AttnScratch<E>& s) const {
     if (begin >= end) return;
-    float* out = s.states.out + m.row0 * dim_padded_;
-    if (m.tile.finite) {
-      const Operand<E> values = values_from(m.tile.values, begin);
-      gemm<true>(static_cast<int>(m.rows), dim_padded_, end - begin, s.probs + begin,
-                 kProbStride<E>, values.data, values.ld, out, dim_padded_);
-      return;
-    }
-    // An infinite or NaN value must not reach a row that does not see its key, not even times 0.
-    for (int64_t r = 0; r < m.rows; ++r, out += dim_padded_) {
-      const float* table = bias(m, m.query(r), m.head(r), 0, s).table;
-      for (int key = std::max(m.lo[r], begin); key < std::min(m.hi[r], end); ++key) {
-        if (table != nullptr && table[key] == minus_infinity()) continue;
-        const float p = to_float(s.probs[r * kProbStride<E> + key]);
-        for (int d = 0; d < dim_; ++d) out[d] += p * packed_value(m.tile.values, key, d);
-      }
-    }
+    const Operand<E> values = values_from(m.tile.values, begin);
+    gemm<true>(static_cast<int>(m.rows), dim_padded_, end - begin, s.probs + begin, kProbStride<E>,
+               values.data, values.ld, s.states.out + m.row0 * dim_padded_, dim_padded_);
   }
 
   // The biases of each head for one block: of the block's last query, at `distance` to the tile's

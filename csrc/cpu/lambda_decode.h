@@ -299,24 +299,14 @@ class LambdaDecodeStep {
     const int64_t head = pair % p_.heads_kv * group_, position = p_.positions[pair / p_.heads_kv];
     product.scores(q, group_, dim_padded_, k, s.scores);
     const int end = (k.n + Product::kGrain - 1) / Product::kGrain * Product::kGrain;
-    bool hides = false;
     for (int g = 0; g < group_; ++g) {
       float* scores = s.scores + g * Product::kBlock;
       const RowBias added =
           bias(head + g, frame, position - first, end, s.biases + g * Product::kBlock);
-      if (added.table != nullptr) hides |= row_hides(added.table, k.n);
       const float largest = scores_max(map_, added, scores, 0, k.n);
       softmax_row(rows, g, dim_padded_, scores, scores, 0, k.n, 0, end, map_.factor, largest);
     }
-    if (!hides) return product.add_values(s.scores, group_, dim_padded_, v, rows.out);
-    // An infinite or NaN value must not reach a head that does not see its key, not even times 0.
-    for (int g = 0; g < group_; ++g) {
-      for (int c = 0; c < k.n; ++c) {
-        if (s.biases[g * Product::kBlock + c] == minus_infinity()) continue;
-        DecodeProduct<K>().add_values(s.scores + g * Product::kBlock + c, 1, dim_padded_,
-                                      {v.row(c), v.stride, 1, nullptr}, rows.out + g * dim_padded_);
-      }
-    }
+    product.add_values(s.scores, group_, dim_padded_, v, rows.out);
   }
 
   // Of `columns` keys, the first of them at `distance`; `table` is room for their biases.
@@ -329,12 +319,6 @@ class LambdaDecodeStep {
       bias.table = table;
     }
     return bias;
-  }
-
-  static bool row_hides(const float* table, int n) {
-    int hidden = 0;  // counted to the end, in whole vectors
-    for (int c = 0; c < n; ++c) hidden += table[c] == minus_infinity();
-    return hidden > 0;
   }
 
   void combine(int64_t pair, int64_t parts, const RowStates& all) const {

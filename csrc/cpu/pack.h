@@ -79,11 +79,10 @@ inline void pack_key_rows(const float* rows, int64_t stride, int dim_padded, flo
 }
 
 // Values of keys [lo, hi) of a tile into its rows [begin, end), zeros where no key is wanted; `v`
-// is the row of key 0. Returns whether all of them are finite.
+// is the row of key 0.
 template <typename T>
-inline bool pack_values(const T* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
+inline void pack_values(const T* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
                         int dim_padded, float* tile) {
-  Vec difference = vset(0.0f);  // x - x is NaN for what is not finite, and then stays in the sum
   for (int key = begin; key < end; ++key) {
     const T* row = key < lo || key >= hi ? nullptr : v + key * stride;
     float* column = tile + key * kLanes;
@@ -97,14 +96,8 @@ inline bool pack_values(const T* v, int64_t stride, int lo, int hi, int begin, i
         x = vload(left);
       }
       vstore(column, x);
-      difference = vadd(difference, vsub(x, x));
     }
   }
-  return vreduce_add(difference) == 0.0f;
-}
-
-inline float packed_value(const float* tile, int key, int d) {
-  return tile[d / kLanes * kLanes * kTileKeys<float> + key * kLanes + d % kLanes];
 }
 
 #if LMINF_BF16
@@ -116,10 +109,8 @@ inline void pack_key_rows(const bf16* rows, int64_t stride, int dim_padded, bf16
                      reinterpret_cast<uint32_t*>(tile) + (column / 16 * pairs + d) * 16, 16);
 }
 
-inline bool pack_values(const bf16* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
+inline void pack_values(const bf16* v, int64_t stride, int lo, int hi, int begin, int end, int dim,
                         int dim_padded, bf16* tile) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 nonfinite = 0;
   for (int key = begin; key < end; key += 2) {
     const bf16* even = key >= lo && key < hi ? v + key * stride : nullptr;
     const bf16* odd = key + 1 >= lo && key + 1 < hi ? v + (key + 1) * stride : nullptr;
@@ -132,15 +123,9 @@ inline bool pack_values(const bf16* v, int64_t stride, int lo, int hi, int begin
       const __m256i b = odd ? _mm256_maskz_loadu_epi16(in, odd + d) : _mm256_setzero_si256();
       const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(a),
                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
-      nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
       _mm512_storeu_si512(tile + d * kTileKeys<bf16> + key * 16, pair);
     }
   }
-  return nonfinite == 0;
-}
-
-inline float packed_value(const bf16* tile, int key, int d) {
-  return to_float(tile[d / 16 * 16 * kTileKeys<bf16> + key / 2 * 32 + d % 16 * 2 + key % 2]);
 }
 #endif
 
@@ -227,9 +212,9 @@ inline void prepare_key(const T* k, int key, bool rotate, KeyFrame frame, int di
 
 // Packs the keys at positions [tile_first, tile_first + kTileKeys<E>) of which only `wanted` are
 // keys; the others become zeros, whatever memory holds there. `rows` is room for kLanes keys, `row`
-// for one in float. Returns whether all values are finite.
+// for one in float.
 template <typename T, typename E>
-inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range wanted, int dim,
+inline void pack_tile(const KeySource<T>& source, int64_t tile_first, Range wanted, int dim,
                       int dim_padded, const Rotary& rotary, int64_t max_distance,
                       const TileRotation& rotation, float* row, E* rows, E* k_tile, E* v_tile) {
   const int lo = static_cast<int>(wanted.lo - tile_first);
@@ -265,8 +250,8 @@ inline bool pack_tile(const KeySource<T>& source, int64_t tile_first, Range want
     }
     pack_key_rows(rows, dim_padded, dim_padded, k_tile, block);
   }
-  return pack_values(source.v + index0 * source.v_stride, source.v_stride, lo, hi, begin, end, dim,
-                     dim_padded, v_tile);
+  pack_values(source.v + index0 * source.v_stride, source.v_stride, lo, hi, begin, end, dim,
+              dim_padded, v_tile);
 }
 
 // The packed tiles that a thread keeps from one task to the next: neighbouring runs of queries see
@@ -280,7 +265,6 @@ class TileCache {
   struct Tile {
     E* keys;
     E* values;
-    bool finite;
     int64_t sequence, head, index;  // what it holds; index -1: nothing
     TileKind kind;
   };
@@ -290,7 +274,7 @@ class TileCache {
     for (int64_t n = 0; n < slots + 2; ++n) {
       E* keys = scratch.take<E>(dim_padded * kTileKeys<E>);
       E* values = scratch.take<E>(dim_padded * kTileKeys<E>);
-      tiles_[n] = {keys, values, true, 0, 0, -1, TileKind::kWindow};
+      tiles_[n] = {keys, values, 0, 0, -1, TileKind::kWindow};
     }
   }
 

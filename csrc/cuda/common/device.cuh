@@ -11,13 +11,11 @@
 #if defined(LMINF_EMULATION)
 #include "../../emulation/device.h"
 #define LMINF_DEVICE inline
-#define LMINF_DEVICE_CALL inline
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define LMINF_DEVICE __device__ __forceinline__
-#define LMINF_DEVICE_CALL __device__ __noinline__  // where a call is better than its registers
 #endif
 
 #include "../../core/common.h"

@@ -40,11 +40,12 @@ bool fits_tma(const void* data, const Strides& s, int64_t batch, int64_t heads, 
 }
 
 // Of what the tensor cores cover, what the kernel for Hopper does. Keys that the pre-pass rotates
-// are read from where it writes them.
+// are read from where it writes them. TMA brings whole tiles of global tokens: only with a window
+// as long as a tile no slot that holds nothing yet stands beside one that a query sees.
 bool hopper_covers(const LambdaAttnParams& p) {
   const bool raw_keys = p.rope.rotary_dim == 0;
   return p.cu_seqlens == nullptr && p.score.distance_bias == nullptr &&
-         p.head_dim <= kSm90MaxHeadDim &&
+         (!own_globals(p) || p.window >= kGlobalN) && p.head_dim <= kSm90MaxHeadDim &&
          fits_tma(p.q, p.q_stride, p.batch, p.heads_q, p.seqlen_q) &&
          fits_tma(p.out, p.out_stride, p.batch, p.heads_q, p.seqlen_q) &&
          fits_tma(p.v, p.v_stride, p.batch, p.heads_kv, p.seqlen_k) &&
@@ -171,7 +172,6 @@ DecodeShape decode_shape(const LambdaDecodeParams& p, const DeviceFacts& device)
   int most_blocks = kDecodePlainBlocks;
   if (shape.kernel == AttnKernel::kSm80) {
     const int built = decode_sm80_head_dim(head_dim);
-    shape.mends = p.score.distance_bias != nullptr;
     shape.threads = decode_sm80_warps(built) * kWarpSize;
     shape.shared_bytes = decode_sm80_shared_bytes(built);
     most_blocks = kDecodeSm80Blocks;
@@ -208,7 +208,7 @@ KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& de
   plan.block_m = shape.rows;
   plan.block_n = kDecodeTileKeys;
   plan.splits = shape.splits;
-  plan.overlaps = device.overlaps_launches() && (shape.splits > 1 || shape.mends);
+  plan.overlaps = device.overlaps_launches() && shape.splits > 1;
   plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
   check_blocks("lambda_decode", plan.blocks);
   plan.threads = shape.threads;

@@ -33,6 +33,9 @@ struct TileSizes {
   int head_dim, block_m, block_n;
 };
 
+constexpr int kGlobalN = 16;  // keys of a far or near tile on tensor cores: n_global is 4 to 16
+                              // in practice
+
 // --- Prefill on tensor cores (prefill/sm80.cuh) ---
 
 // Wanted: 32 rows a warp, so that a key fragment read from shared memory feeds two mma (shared
@@ -125,7 +128,6 @@ constexpr int kDecodeTileKeys = 16;  // keys a warp takes at a time
 
 struct DecodeShape {
   AttnKernel kernel = AttnKernel::kPlain;
-  bool mends = false;      // with one split too, a kernel comes after it
   int rows = kDecodeRows;  // query heads of a tile
   int threads = 0, shared_bytes = 0;
   int64_t head_tiles = 1;  // tiles per key head

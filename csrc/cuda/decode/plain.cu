@@ -216,10 +216,9 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
         for (int r = 0; r < kWarpRows; ++r) {
           const int row = warp * kWarpRows + r;
           float total = 0.0f;
+#pragma unroll 4
           for (int key = 0; key < kDecodeTileKeys; ++key) {
-            // A hidden key leaves its row alone, be its value infinite.
-            const float weight = weights[row * kDecodeTileKeys + key];
-            if (weight != 0.0f) total = fmaf(weight, keys[key * kKeyPitch + dim], total);
+            total = fmaf(weights[row * kDecodeTileKeys + key], keys[key * kKeyPitch + dim], total);
           }
           float& o = out[row * head_dim + first + dim];
           o = o * factor[r] + total;

@@ -135,13 +135,12 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
         load(plan.v, plan.v_origin, plan.v_stride, first, width);
         for (int dim = lane; dim < width; dim += kWarpSize) {
           float total[kWarpRows] = {};
+#pragma unroll 4
           for (int row = 0; row < kBlockN; ++row) {
             const float value = keys[row * kKeyPitch + dim];
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
-              // A key that a row does not see leaves it alone, be its value infinite.
-              const float weight = weights[(warp_row + r) * kBlockN + row];
-              if (weight != 0.0f) total[r] = fmaf(weight, value, total[r]);
+              total[r] = fmaf(weights[(warp_row + r) * kBlockN + row], value, total[r]);
             }
           }
 #pragma unroll

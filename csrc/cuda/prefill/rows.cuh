@@ -7,8 +7,6 @@
 
 namespace lminf::cuda {
 
-constexpr int kGlobalN = 16;  // keys of a far or near tile: n_global is 4 to 16 in practice
-
 // What every thread of a block needs to know now and then, in shared memory: registers are scarce.
 template <typename T>
 struct BlockPlan {

@@ -12,12 +12,9 @@
 // stages of shared memory: while a tile is worked on, the next one is under way, and one barrier a
 // tile both publishes the new tile and retires the old. A warp owns whole rows, so the softmax
 // needs no shared memory. Scores live in base 2 with the scale folded into the exponent's fma.
-// A hidden value that is not finite spoils a row of an edge tile (0 * inf): such a row is worked
-// out again at the end (prefill/exact_row.cuh).
 #pragma once
 
 #include "../common/attend.cuh"
-#include "exact_row.cuh"
 #include "launch.h"
 #include "rows.cuh"
 
@@ -190,12 +187,9 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const bool has_sink = p.score.sink_logits != nullptr;
   const float sink = has_sink ? load_global(p.score.sink_logits + tile.head) : 0.0f;
   __syncwarp();  // the last reads of Q
-  bool spoilt[State::kRows];
 #pragma unroll
   for (int r = 0; r < State::kRows; ++r) {
-    const SoftmaxState total = state.row(r);
-    const SoftmaxEnd end = finish(total, has_sink, sink);
-    float zero = 0.0f;  // until something is not finite
+    const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
     const int row = warp_row + State::row_index(r, lane);
     if (lane % 4 == 0 && row < tile.rows) {
       store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
@@ -206,9 +200,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
       const float* pair = &state.out[r / 2][n][2 * (r % 2)];
       q_tile.pair(row, 8 * n + 2 * (lane % 4)) =
           pack<T>(pair[0] * end.out_scale, pair[1] * end.out_scale);
-      zero = fmaf(pair[0], 0.0f, fmaf(pair[1], 0.0f, zero));
     }
-    spoilt[r] = zero != 0.0f && total.sum == total.sum;
   }
   __syncwarp();
   T* out = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
@@ -218,16 +210,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
     if (row < tile.rows && chunk * QTile::kChunk < head_dim) {
       store_global(reinterpret_cast<Chunk*>(out + row * p.out_stride.seq + chunk * QTile::kChunk),
                    q_tile.chunk(row, chunk));
-    }
-  }
-
-  // --- Rows that a hidden value has spoilt ---
-  const uint32_t rows = spoilt_rows<State>(spoilt);
-  if (rows == 0) return;
-  __syncwarp();  // the stores above
-  for (int row = 0; row < Traits::kWarpRows; ++row) {
-    if ((rows >> row & 1) != 0 && warp_row + row < tile.rows) {
-      attend_exactly<T>(sources, blockIdx.x, Traits::kBlockM, warp_row + row);
     }
   }
 }

@@ -24,7 +24,6 @@
 
 #include "../common/shared_tile.cuh"
 #include "../ptx/sm90.cuh"
-#include "exact_row.cuh"
 #include "launch.h"
 #include "rows.cuh"
 #include "sm90_tiles.h"
@@ -563,41 +562,20 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       const bool has_sink = p.score.sink_logits != nullptr;
       const float sink = has_sink ? load_global(p.score.sink_logits + block.tile.head) : 0.0f;
       const int own_lane = recomputed(lane);
-      bool spoilt[RowStates::kRows];
       sync_group();  // all four warps' products with these rows are done
 #pragma unroll
       for (int r = 0; r < RowStates::kRows; ++r) {
-        const SoftmaxState total = state.row(r);
-        const SoftmaxEnd end = finish(total, has_sink, sink);
+        const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
         const int row = recomputed(warp_row) + RowStates::row_index(r, own_lane);
         if (own_lane % 4 == 0 && row < block.tile.rows) {
           store_global(p.lse + (block.tile.batch * p.heads_q + block.tile.head) * p.seqlen_q +
                            block.tile.first_row + row,
                        end.lse);
         }
-        float zero = 0.0f;  // until something is not finite
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          const float first = out[4 * n + 2 * r], second = out[4 * n + 2 * r + 1];
           q_tile.pair(row, 8 * n + 2 * (own_lane % 4)) =
-              pack<T>(first * end.out_scale, second * end.out_scale);
-          zero = fmaf(first, 0.0f, fmaf(second, 0.0f, zero));
-        }
-        spoilt[r] = zero != 0.0f && total.sum == total.sum;
-      }
-
-      // --- Rows that a hidden value has spoilt ---
-      if (const uint32_t rows = spoilt_rows<RowStates>(spoilt); rows != 0) {
-        __syncwarp();  // the other lanes' writes to these rows
-        for (int n = 0; n < 16; ++n) {
-          const int row = recomputed(warp_row) + n;
-          if ((rows >> n & 1) == 0 || row >= block.tile.rows) continue;
-          float exact[kHeadDim / kWarpSize];
-          exact_row<T, false>(sources, block.tile, row, exact);
-#pragma unroll
-          for (int i = 0; i < kHeadDim / kWarpSize; ++i) {
-            q_tile.element(row, own_lane + kWarpSize * i) = from_float<T>(exact[i]);
-          }
+              pack<T>(out[4 * n + 2 * r] * end.out_scale, out[4 * n + 2 * r + 1] * end.out_scale);
         }
       }
       ptx::fence_proxy_async();
