@@ -233,9 +233,7 @@ def extension() -> Extension:
     macros = [("TORCH_TARGET_VERSION", TORCH_ABI)]
     folders: dict[str, list[str]] = {}
     libraries: list[str] = []
-    if home is None:
-        sources.remove("csrc/torch/backend_cuda.cpp")
-    else:
+    if home is not None:
         sources += files("cuda/**/*.cu")
         macros.append(("LMINF_WITH_CUDA", "1"))
         if "9.0a" in os.environ["TORCH_CUDA_ARCH_LIST"]:

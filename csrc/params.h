@@ -154,4 +154,9 @@ struct ClampedRopeParams {
   RopeParams rope;
 };
 
+// Every op, by what its kernels take.
+template <typename... Params>
+struct OpList {};
+using Ops = OpList<LambdaAttnParams, LambdaDecodeParams, MiddleTopkParams, ClampedRopeParams>;
+
 }  // namespace lminf

@@ -54,7 +54,7 @@ def call(backend: str, op: str, *args: Any, threads: int = 1, **kwargs: Any) -> 
         with emulated.way(way), contextlib.ExitStack() as stack:
             if way != backend:
                 stack.enter_context(emulated.device(capability=90, multiprocessors=3))
-            return getattr(emulated, op)(*args, **kwargs)
+            return getattr(emulated.ops(), op)(*args, **kwargs)
     function = getattr(torch.ops.lminf, op)
     device = "cuda" if backend == "cuda" else "cpu"
     moved: list[tuple[Tensor, Tensor]] = []

@@ -30,9 +30,9 @@ def test_another_order_of_threads_gives_the_same_bits(shuffled, dtype):
     """Every order gives one result: nothing depends on who comes first."""
     q, k, v = qkv(150, 200, heads_q=4, heads_kv=2, dtype=dtype)
     score = dict(options("all", 4, 64, 60), max_distance=60)
-    out, lse = emulated.lambda_attn(q, k, v, 20, 40, **score)
+    out, lse = emulated.ops().lambda_attn(q, k, v, 20, 40, **score)
     emulated.module().set_schedule_seed(0)
-    in_turn, lse_in_turn = emulated.lambda_attn(q, k, v, 20, 40, **score)
+    in_turn, lse_in_turn = emulated.ops().lambda_attn(q, k, v, 20, 40, **score)
     assert torch.equal(out, in_turn) and torch.equal(lse, lse_in_turn)
 
 
@@ -46,7 +46,7 @@ def test_another_order_of_threads_decodes_the_same_bits(shuffled, dtype):
         )  # fmt: skip
         positions = torch.tensor([1000, 40])
         score = dict(options("rope", 4, 64), max_distance=350)
-        return (*emulated.lambda_decode(q, k, v, *cache, positions, 300, **score), *cache)
+        return (*emulated.ops().lambda_decode(q, k, v, *cache, positions, 300, **score), *cache)
 
     shuffled_results = step()
     emulated.module().set_schedule_seed(0)
@@ -61,9 +61,9 @@ def test_a_device_of_another_size_decodes_the_same(multiprocessors):
         4, (1, 4, 1, 64), *[(1, 2, 1, 64)] * 2, *[(1, 2, n, 64) for n in (1024, 1024, 9, 9)]
     )
     arguments += [torch.tensor([3000]), 1024]
-    usual, usual_lse = emulated.lambda_decode(*arguments)
+    usual, usual_lse = emulated.ops().lambda_decode(*arguments)
     emulated.module().set_device(multiprocessors=multiprocessors)
-    out, lse = emulated.lambda_decode(*arguments)
+    out, lse = emulated.ops().lambda_decode(*arguments)
     emulated.module().set_device()
     torch.testing.assert_close(out, usual, rtol=0, atol=1e-6)
     torch.testing.assert_close(lse, usual_lse, rtol=0, atol=1e-6)
@@ -85,7 +85,10 @@ def check_merge_overlaps(option, dtype):
             facts = dict(capability=capability, multiprocessors=multiprocessors, has_sm90=code)
             emulated.module().take_launches()
             with emulated.device(**facts):
-                results[capability, code] = (*emulated.lambda_decode(*arguments, **score), *cache)
+                results[capability, code] = (
+                    *emulated.ops().lambda_decode(*arguments, **score),
+                    *cache,
+                )
             first, *rest = emulated.module().take_launches()
             plan = decode_plan(
                 *arguments, device_capability=capability, multiprocessors=multiprocessors, **score
@@ -125,7 +128,7 @@ def test_decode_in_more_splits_than_are_merged_at_once(head_dim, dtype):
     for position in (40, 20_000):
         cache = [x.clone() for x in caches]
         with emulated.device(capability=90, multiprocessors=132):
-            out, lse = emulated.lambda_decode(
+            out, lse = emulated.ops().lambda_decode(
                 q, k, v, *cache, torch.tensor([position]), window, sink_logits=torch.ones(2)
             )
         assert emulated.module().take_launches()[-2]["blocks"] > 64
@@ -146,15 +149,14 @@ def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
 
     def kernel(*tensors, score=None, **facts):
         with emulated.device(capability=90, **facts):
-            values = emulated.lambda_attn_values(*tensors, 2, 4, **(score or {}))
-            return emulated.module().attn_kernel(values)
+            return emulated.kernel(*tensors, 2, 4, **(score or {}))
 
     low, full = qkv(8, 8, dtype=torch.bfloat16), qkv(8, 8)
     assert kernel(*low) == "sm90"
     assert kernel(*low, has_sm90a=False) == "sm80"
     assert kernel(*low, score={"distance_bias": torch.zeros(2, 4)}) == "sm80"
     assert kernel(*full) == "plain"
-    assert emulated.module().attn_kernel(emulated.lambda_attn_values(*low, 2, 4)) == "sm80"
+    assert emulated.kernel(*low, 2, 4) == "sm80"
 
 
 @pytest.mark.parametrize("shuffled", [1, 2, 3], indirect=True)
@@ -167,7 +169,7 @@ def test_another_order_of_threads_gives_the_same_bits_on_hopper(
     q, k, v = qkv(300, 310, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16)
     score = dict(options("all", 4, head_dim), max_distance=160)
     with emulated.device(capability=90, multiprocessors=multiprocessors):
-        out, lse = emulated.lambda_attn(q, k, v, 20, 140, **score)
+        out, lse = emulated.ops().lambda_attn(q, k, v, 20, 140, **score)
     emulated.module().set_schedule_seed(0)
     in_turn, lse_in_turn = check_lambda_attn(
         "emulated_sm90", q, k, v, n_global=20, window=140, **score
@@ -198,15 +200,14 @@ def test_keys_that_are_not_read_as_they_stand_may_have_any_strides_on_hopper(n_g
         held = {name: x[:, :, :n_global] for name, x in held.items()}
         score = options("rope", 2, 64)
         with emulated.device(capability=90):
-            values = emulated.lambda_attn_values(q, keys, v, n_global, 30, **held, **score)
-            assert emulated.module().attn_kernel(values) == "sm90"
+            assert emulated.kernel(q, keys, v, n_global, 30, **held, **score) == "sm90"
             check_lambda_attn("emulated", q, keys, v, n_global=n_global, window=30, **held, **score)
 
 
 def test_too_large_a_head_dim_is_refused():
     q, k, v = qkv(4, 4, head_dim=2049)
     with pytest.raises(ValueError, match="head dim is 2049, but on CUDA it must be at most 2048"):
-        emulated.lambda_attn(q, k, v, 1, 2)
+        emulated.ops().lambda_attn(q, k, v, 1, 2)
 
 
 @pytest.mark.parametrize("window", [600, 1000, 1024])
@@ -223,7 +224,7 @@ def test_decode_in_several_splits(head_dim, window, dtype):
         )
         score = dict(options("none", heads_q, head_dim))
         cache = [x.clone() for x in (ring_k, ring_v, global_k, global_v)]
-        out, lse = emulated.lambda_decode(
+        out, lse = emulated.ops().lambda_decode(
             q, k, v, *cache, torch.tensor([position]), window, **score
         )
         # Without rotation the cache is the sequence, in another order.
@@ -255,7 +256,7 @@ def test_speed():
     q, k, v = qkv(512, 512, heads_kv=2, dtype=torch.bfloat16)
     emulated.module()
     start = time.perf_counter()
-    emulated.lambda_attn(q, k, v, 16, 512, inv_freq=frequencies(64))
+    emulated.ops().lambda_attn(q, k, v, 16, 512, inv_freq=frequencies(64))
     assert time.perf_counter() - start < 3.0
 
 
@@ -279,7 +280,7 @@ def test_more_batch_entries_times_heads_than_a_grid_is_high():
     k_start = torch.full((batch,), -1)
     real = [0, batch - 1]
     k_start[real] = 0
-    out, lse = emulated.lambda_attn(q, k, v, 0, 2, k_start=k_start)
+    out, lse = emulated.ops().lambda_attn(q, k, v, 0, 2, k_start=k_start)
     assert torch.equal(out[real], v[real])
     padding = slice(1, batch - 1)
     assert (out[padding] == 0).all() and (lse[padding] == -torch.inf).all()

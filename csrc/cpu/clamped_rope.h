@@ -6,7 +6,7 @@
 constexpr int64_t kRopeRows = 32;
 
 template <typename T>
-void clamped_rope(const ClampedRopeParams& p, const Rotary& rotary, const Threads& threads) {
+void run(const ClampedRopeParams& p, const Rotary& rotary, const Threads& threads) {
   const int dim = static_cast<int>(p.head_dim);
   const int dim_padded = (dim + kLanes - 1) / kLanes * kLanes;
   const int64_t blocks = (p.seqlen + kRopeRows - 1) / kRopeRows;

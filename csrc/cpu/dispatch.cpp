@@ -14,10 +14,16 @@
 
 namespace lminf::cpu {
 
-extern const Kernels k_portable;
-#if defined(__x86_64__)
-extern const Kernels k_amx, k_avx512_bf16, k_avx512, k_avx2;
-#endif
+// Each isa_<name>.cpp has one.
+#define LMINF_DECLARE(isa)           \
+  namespace isa {                    \
+  extern const Kernels kernel_table; \
+  }
+LMINF_DECLARE(amx)
+LMINF_DECLARE(avx512_bf16)
+LMINF_DECLARE(avx512)
+LMINF_DECLARE(avx2)
+LMINF_DECLARE(portable)
 
 namespace {
 
@@ -47,27 +53,28 @@ bool has_amx() {
 
 // The best first.
 const Candidate* candidates() {
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           cpuid_bit(1, 0, 2, 29);  // F16C
-  static const bool avx512 =
-      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               cpuid_bit(1, 0, 2, 29);  // F16C
+  static const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool avx512_bf16 = avx512 && cpuid_bit(7, 1, 0, 5);
+  static const bool has_dot = has_avx512 && cpuid_bit(7, 1, 0, 5);
   // Intel's processors do a bf16 dot product in the time of four float32 ones of half its length,
   // so that converting to float32 is the faster way there; AMD's do it in the time of one.
   static const bool slow_dot = __builtin_cpu_is("intel");
-  static const Candidate dot = {&k_avx512_bf16, avx512_bf16}, single = {&k_avx512, avx512};
-  static const Candidate list[] = {{&k_amx, avx512_bf16 && has_amx()},
+  static const Candidate dot = {&avx512_bf16::kernel_table, has_dot};
+  static const Candidate single = {&avx512::kernel_table, has_avx512};
+  static const Candidate list[] = {{&amx::kernel_table, has_dot && has_amx()},
                                    slow_dot ? single : dot,
                                    slow_dot ? dot : single,
-                                   {&k_avx2, avx2},
-                                   {&k_portable, true},
+                                   {&avx2::kernel_table, has_avx2},
+                                   {&portable::kernel_table, true},
                                    {nullptr, false}};
   return list;
 }
 #else
 const Candidate* candidates() {
-  static const Candidate list[] = {{&k_portable, true}, {nullptr, false}};
+  static const Candidate list[] = {{&portable::kernel_table, true}, {nullptr, false}};
   return list;
 }
 #endif
@@ -86,12 +93,6 @@ const Kernels& kernels() {
   throw std::invalid_argument("LMINF_CPU_ISA is '" + std::string(wanted) +
                               "', which this machine cannot run; set it to one of " + usable +
                               ", or unset it to take the first of them");
-}
-
-KernelPlan lambda_attn_plan(const LambdaAttnParams& params, int threads) {
-  KernelPlan plan = kernels().lambda_attn_plan(params, threads);
-  plan.kernel = kernels().isa;
-  return plan;
 }
 
 }  // namespace lminf::cpu

@@ -47,6 +47,8 @@
 #define LMINF_END_TARGET LMINF_PRAGMA(GCC pop_options)
 #endif
 #define LMINF_PRAGMA(x) _Pragma(#x)
+#define LMINF_NAME(isa) LMINF_NAME_OF(isa)
+#define LMINF_NAME_OF(isa) #isa
 #if defined(__clang__)
 #define LMINF_UNROLL LMINF_PRAGMA(unroll)
 #define LMINF_NO_UNROLL LMINF_PRAGMA(nounroll)

@@ -9,13 +9,4 @@
 LMINF_BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "variant.h"
 LMINF_END_TARGET
-namespace lminf::cpu {
-extern const Kernels k_amx;
-const Kernels k_amx = {"amx",
-                       amx::run_lambda_attn,
-                       amx::plan_lambda_attn,
-                       amx::run_lambda_decode,
-                       amx::run_clamped_rope,
-                       amx::run_middle_topk};
-}  // namespace lminf::cpu
 #endif

@@ -9,13 +9,4 @@
 LMINF_BEGIN_TARGET("avx2,fma,f16c")
 #include "variant.h"
 LMINF_END_TARGET
-namespace lminf::cpu {
-extern const Kernels k_avx2;
-const Kernels k_avx2 = {"avx2",
-                        avx2::run_lambda_attn,
-                        avx2::plan_lambda_attn,
-                        avx2::run_lambda_decode,
-                        avx2::run_clamped_rope,
-                        avx2::run_middle_topk};
-}  // namespace lminf::cpu
 #endif

@@ -9,13 +9,4 @@
 LMINF_BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include "variant.h"
 LMINF_END_TARGET
-namespace lminf::cpu {
-extern const Kernels k_avx512_bf16;
-const Kernels k_avx512_bf16 = {"avx512_bf16",
-                               avx512_bf16::run_lambda_attn,
-                               avx512_bf16::plan_lambda_attn,
-                               avx512_bf16::run_lambda_decode,
-                               avx512_bf16::run_clamped_rope,
-                               avx512_bf16::run_middle_topk};
-}  // namespace lminf::cpu
 #endif

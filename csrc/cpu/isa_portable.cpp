@@ -5,12 +5,3 @@
 #define LMINF_AMX 0
 #include "isa.h"
 #include "variant.h"
-namespace lminf::cpu {
-extern const Kernels k_portable;
-const Kernels k_portable = {"portable",
-                            portable::run_lambda_attn,
-                            portable::plan_lambda_attn,
-                            portable::run_lambda_decode,
-                            portable::run_clamped_rope,
-                            portable::run_middle_topk};
-}  // namespace lminf::cpu

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <tuple>
 
 #include "../params.h"
 #include "../plan.h"
@@ -25,15 +26,26 @@ inline const Threads& serial() {
   return threads;
 }
 
-struct Kernels {
-  const char* isa;  // "amx", "avx512_bf16", "avx512", "avx2", "portable"
-  void (*lambda_attn)(const LambdaAttnParams&, const Threads&);
-  // How lambda_attn is cut for so many threads; `kernel` is left empty.
-  KernelPlan (*lambda_attn_plan)(const LambdaAttnParams&, int threads);
-  void (*lambda_decode)(const LambdaDecodeParams&, const Threads&);
-  void (*clamped_rope)(const ClampedRopeParams&, const Threads&);
-  void (*middle_topk)(const MiddleTopkParams&, const Threads&);
+template <typename Params>
+struct Kernel {
+  void (*run)(const Params&, const Threads&);
+  KernelPlan (*plan)(const Params&, int threads);
 };
+
+// A kernel for each of the ops.
+template <typename List>
+struct KernelTable;
+template <typename... Params>
+struct KernelTable<OpList<Params...>> {
+  const char* isa;  // "amx", "avx512_bf16", "avx512", "avx2", "portable"
+  std::tuple<Kernel<Params>...> kernels;
+
+  template <typename P>
+  const Kernel<P>& of() const {
+    return std::get<Kernel<P>>(kernels);
+  }
+};
+using Kernels = KernelTable<Ops>;
 
 // The best table this machine can run, or the one named by the environment variable LMINF_CPU_ISA,
 // which is read at every call so that tests can force each in turn. Throws std::invalid_argument
@@ -41,7 +53,19 @@ struct Kernels {
 // names that would work.
 const Kernels& kernels();
 
-// What lambda_attn runs with so many threads.
-KernelPlan lambda_attn_plan(const LambdaAttnParams& params, int threads);
+template <typename Params>
+void run_op(const Params& params, const Threads& threads) {
+  kernels().of<Params>().run(params, threads);
+}
+
+// What that runs with so many threads.
+template <typename Params>
+KernelPlan plan_of(const Params& params, int threads) {
+  const Kernels& chosen = kernels();
+  KernelPlan plan = chosen.of<Params>().plan(params, threads);
+  plan.kernel = chosen.isa;
+  plan.threads = threads;
+  return plan;
+}
 
 }  // namespace lminf::cpu

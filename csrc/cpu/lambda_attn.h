@@ -398,3 +398,8 @@ class LambdaAttnForward {
   int dim_;
   int dim_padded_;
 };
+
+template <typename T>
+void run(const LambdaAttnParams& p, const Rotary& rotary, const Threads& threads) {
+  LambdaAttnForward<T>(p, rotary).run(threads);
+}

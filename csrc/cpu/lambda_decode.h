@@ -356,3 +356,8 @@ class LambdaDecodeStep {
   int group_;        // query heads per key head
   bool ring_reads_;  // whether the product for the ring takes rows of this length
 };
+
+template <typename T>
+void run(const LambdaDecodeParams& p, const Rotary& rotary, const Threads& threads) {
+  LambdaDecodeStep<T>(p, rotary).run(threads);
+}

@@ -243,3 +243,8 @@ class MiddleTopk {
   int dim_padded_;
   int group_;  // query heads per key head
 };
+
+template <typename T>
+void run(const MiddleTopkParams& p, const Rotary& rotary, const Threads& threads) {
+  MiddleTopk<T>(p, rotary).run(threads);
+}

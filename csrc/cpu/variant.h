@@ -1,5 +1,6 @@
-// All kernels of one instruction set and their table. Included once by each isa_*.cpp, which sets
-// LMINF_ISA, LMINF_LANES, LMINF_BF16 and LMINF_AMX and switches the target on around it.
+// All kernels of one instruction set and their table, which takes in every op of params.h that has
+// a run() here. Included once by each isa_*.cpp, which sets LMINF_ISA, LMINF_LANES, LMINF_BF16 and
+// LMINF_AMX and switches the target on around it.
 
 namespace lminf::cpu::LMINF_ISA {
 
@@ -44,14 +45,20 @@ inline void with_element_type(DType dtype, const F& f) {
                               std::to_string(static_cast<int>(dtype)));
 }
 
-inline void run_lambda_attn(const LambdaAttnParams& p, const Threads& threads) {
+template <typename Params>
+inline void run_op(const Params& p, const Threads& threads) {
   const Frequencies frequencies(p.rope);
   const Rotary rotary = rotary_of(p.rope, frequencies);
-  with_element_type(
-      p.dtype, [&](auto element) { LambdaAttnForward<decltype(element)>(p, rotary).run(threads); });
+  with_element_type(p.dtype, [&](auto element) { run<decltype(element)>(p, rotary, threads); });
 }
 
-inline KernelPlan plan_lambda_attn(const LambdaAttnParams& p, int threads) {
+// Of an op whose kernel is not cut in a way that is worth telling.
+template <typename Params>
+inline KernelPlan plan_of(const Params&, int) {
+  return {};
+}
+
+inline KernelPlan plan_of(const LambdaAttnParams& p, int threads) {
   const Rotary none = {};
   KernelPlan plan;
   with_element_type(p.dtype, [&](auto element) {
@@ -60,25 +67,12 @@ inline KernelPlan plan_lambda_attn(const LambdaAttnParams& p, int threads) {
   return plan;
 }
 
-inline void run_lambda_decode(const LambdaDecodeParams& p, const Threads& threads) {
-  const Frequencies frequencies(p.rope);
-  const Rotary rotary = rotary_of(p.rope, frequencies);
-  with_element_type(
-      p.dtype, [&](auto element) { LambdaDecodeStep<decltype(element)>(p, rotary).run(threads); });
+template <typename... Params>
+constexpr Kernels all_kernels(OpList<Params...>) {
+  return {LMINF_NAME(LMINF_ISA), {Kernel<Params>{run_op, plan_of}...}};
 }
 
-inline void run_clamped_rope(const ClampedRopeParams& p, const Threads& threads) {
-  const Frequencies frequencies(p.rope);
-  const Rotary rotary = rotary_of(p.rope, frequencies);
-  with_element_type(p.dtype,
-                    [&](auto element) { clamped_rope<decltype(element)>(p, rotary, threads); });
-}
-
-inline void run_middle_topk(const MiddleTopkParams& p, const Threads& threads) {
-  const Frequencies frequencies(p.rope);
-  const Rotary rotary = rotary_of(p.rope, frequencies);
-  with_element_type(p.dtype,
-                    [&](auto element) { MiddleTopk<decltype(element)>(p, rotary).run(threads); });
-}
+extern const Kernels kernel_table;
+constexpr Kernels kernel_table = all_kernels(Ops());
 
 }  // namespace lminf::cpu::LMINF_ISA

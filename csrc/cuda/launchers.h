@@ -1,5 +1,6 @@
-// The CUDA kernels' front: every launcher there is. Plain C++: no CUDA header is needed to call
-// them, nor torch. A launcher throws std::invalid_argument for parameters no kernel covers and
+// The CUDA kernels' front: for each op's params a plan and a launcher, which its own folder
+// specializes (the plans of the attention ops: common/plan.cpp). Plain C++: no CUDA header is needed
+// to call them, nor torch. A launcher throws std::invalid_argument for parameters no kernel covers and
 // std::runtime_error for a launch the runtime refuses; it never synchronises.
 #pragma once
 
@@ -43,18 +44,11 @@ AttnKernel lambda_decode_kernel(const LambdaDecodeParams& params);
 // partial results of splits. Neither these nor the kernel depend on what stands in device
 // memory, so that a captured launch stays right as positions grow. They throw what the launchers
 // throw; no device is asked.
-KernelPlan lambda_attn_plan(const LambdaAttnParams& params, const DeviceFacts& device);
-KernelPlan lambda_decode_plan(const LambdaDecodeParams& params, const DeviceFacts& device);
-KernelPlan middle_topk_plan(const MiddleTopkParams& params, const DeviceFacts& device);
+template <typename Params>
+KernelPlan plan_of(const Params& params, const DeviceFacts& device);
 
 // `workspace` is aligned to 256 bytes and holds the plan's workspace_bytes.
-void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void* workspace,
-                 Stream stream);
-void lambda_decode(const LambdaDecodeParams& params, const DeviceFacts& device, void* workspace,
-                   Stream stream);
-void middle_topk(const MiddleTopkParams& params, const DeviceFacts& device, void* workspace,
-                 Stream stream);
-
-void clamped_rope(const ClampedRopeParams& params, Stream stream);
+template <typename Params>
+void run_op(const Params& params, const DeviceFacts& device, void* workspace, Stream stream);
 
 }  // namespace lminf::cuda

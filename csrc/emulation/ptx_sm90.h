@@ -17,18 +17,12 @@
 #include <cstdint>
 #include <string>
 
+#include "../ptx_layout.h"
 #include "runtime.h"
 
 namespace lminf::emulation {
 
-struct alignas(64) TensorMap {
-  uint64_t magic;
-  const unsigned char* base;
-  uint64_t size[4];          // elements
-  uint64_t stride_bytes[3];  // of dimensions 1 to 3
-  uint32_t box[4];
-  uint32_t swizzle_bytes;  // 16: none
-};
+struct alignas(64) TensorMap : ptx_layout::TensorMap {};
 static_assert(sizeof(TensorMap) == 128, "as large as the real one");
 
 TensorMap encode_tensor_map(const void* base, const uint64_t (&size)[4],

@@ -53,6 +53,7 @@ struct Device {
 };
 Device device();
 void set_device(Device device);
+inline int current_device() { return 0; }
 
 // Runs `body` once per thread. Throws Fault. `overlaps`: the launch may start as soon as all blocks
 // of the one before it have called grid_launch_dependents or ended, and that is sure of nothing

@@ -1,6 +1,8 @@
 // cp.async, and the bulk copies of the copy engine: cp.async.bulk and cp.async.bulk.tensor (TMA).
 #include "copies.h"
 
+#include <algorithm>
+
 #include "decode.h"
 #include "mbarrier.h"
 #include "memory.h"
@@ -75,63 +77,16 @@ void wait_copies(Warp& warp, const Instruction& i, LaneMask lanes) {
 
 constexpr uint32_t kTensorAlignment = 128;
 
-// The bytes that a swizzle exchanges: 16-byte chunks by the row of the pattern.
-uint32_t swizzled(uint32_t address, int swizzle) {
-  switch (swizzle) {
-    case 1:
-      return address ^ (address >> 3 & 0x10);
-    case 2:
-      return address ^ (address >> 3 & 0x30);
-    case 3:
-      return address ^ (address >> 3 & 0x70);
-    default:
-      return address;
-  }
-}
-
-// Calls f(shared address, global address or 0, bytes) for each 16 bytes of a box; 0: outside the
-// tensor. Elements of one piece stand side by side in both.
+// Calls f(shared address, global address or 0 outside the tensor, bytes) for all that is copied.
 template <typename F>
 void for_pieces(const BulkCopy& copy, F f) {
   if (!copy.is_tensor) return f(copy.shared, copy.global, copy.bytes);
-  const TensorMapBits& map = copy.map;
-  const uint32_t row_bytes = static_cast<uint32_t>(map.box[0]) * map.element_bytes;
-  uint32_t shared = copy.shared;
-  int index[kMostRank] = {};
-  for (;;) {
-    bool inside = true;
-    uint64_t row = map.base;
-    for (int k = 1; k < map.rank; ++k) {
-      const int64_t at = int64_t{copy.first[k]} + index[k];
-      inside &= at >= 0 && at <= int64_t{map.last[k]};
-      row += static_cast<uint64_t>(at) * map.stride[k - 1];
-    }
-    for (uint32_t byte = 0; byte < row_bytes; byte += 16) {
-      const int per_piece = 16 / map.element_bytes;
-      const int64_t first = int64_t{copy.first[0]} + byte / map.element_bytes;
-      const uint32_t to = swizzled(shared + byte, map.swizzle);
-      const bool whole = first >= 0 && first + per_piece - 1 <= int64_t{map.last[0]};
-      const uint64_t from = row + static_cast<uint64_t>(first * map.element_bytes);
-      if (inside && whole) {
-        f(to, from, 16u);
-        continue;
-      }
-      for (int e = 0; e < per_piece; ++e) {
-        const bool in = inside && first + e >= 0 && first + e <= int64_t{map.last[0]};
-        const auto step = static_cast<uint32_t>(e * map.element_bytes);
-        f(to + step, in ? from + step : 0, uint32_t{map.element_bytes});
-      }
-    }
-    shared += row_bytes;
-    int k = 1;
-    while (k < map.rank && ++index[k] == map.box[k]) index[k++] = 0;
-    if (k == map.rank) return;
-  }
+  ptx_layout::for_pieces(copy.map, copy.first, copy.shared, f);
 }
 
-TensorMapBits map_at(const Site& site, uint64_t address) {
+TensorMap map_at(const Site& site, uint64_t address) {
   constexpr uint32_t kBytes = 128;
-  TensorMapBits map;
+  TensorMap map;
   if (address % 64 != 0) {
     fault(site.warp, site.instruction, site.lane, "tensor map not aligned to 64 bytes");
   }
@@ -165,7 +120,7 @@ BulkCopy tensor_copy(const Site& site) {
                                       static_cast<uint64_t>(i.address.offset));
   copy.bytes = copy.map.box_bytes();
   // A pattern of eight rows of the swizzle, which exchanges bits of the address itself.
-  const uint32_t pattern = kTensorAlignment << copy.map.swizzle;
+  const uint32_t pattern = std::max<uint32_t>(kTensorAlignment, 8 * copy.map.span);
   if (copy.shared % pattern != 0) {
     fault(site.warp, i, site.lane,
           "shared address " + std::to_string(copy.shared - kSharedBase) + " not aligned to " +

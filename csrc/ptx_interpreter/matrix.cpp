@@ -1,10 +1,5 @@
 // Matrices held by a warp: ldmatrix, stmatrix, mma.
-//
-// Lane 4 g + t of a fragment, elements of 16 bits in pairs:
-//   8x8 matrix         row g, columns 2 t and 2 t + 1
-//   mma A 16x16        registers 0 to 3: rows g and g + 8 of columns 2 t, then of columns 2 t + 8
-//   mma B 16x8         registers 0, 1: rows 2 t and 2 t + 8 (and the next ones) of column g
-//   mma C, D 16x8      registers 0, 1: row g, columns 2 t and 2 t + 1; 2, 3: row g + 8
+#include "../ptx_layout.h"
 #include "decode.h"
 #include "machine.h"
 #include "memory.h"
@@ -79,20 +74,23 @@ template <float (*kFrom)(uint16_t)>
 void multiply(Warp& warp, const Instruction& i, LaneMask lanes) {
   check_whole(warp, i, lanes);
   float a[16][16], b[16][8], sums[16][8];
-  const auto pair = [&](size_t operand, int lane, float& low, float& high) {
-    const uint64_t bits = warp.row(i.in[operand])[lane];
+  const auto pair = [&](int operand, int lane, float& low, float& high) {
+    const uint64_t bits = warp.row(i.in[static_cast<size_t>(operand)])[lane];
     low = kFrom(static_cast<uint16_t>(bits));
     high = kFrom(static_cast<uint16_t>(bits >> 16));
   };
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int g = lane / 4, t = lane % 4 * 2;
-    for (size_t r = 0; r < 4; ++r) {
-      float* at = &a[g + 8 * (r % 2)][t + 8 * (r / 2)];
-      pair(r, lane, at[0], at[1]);
+    for (int r = 0; r < 4; ++r) {
+      const auto at = ptx_layout::a_pair(lane, r);
+      pair(r, lane, a[at.row][at.column], a[at.row][at.column + 1]);
     }
-    for (size_t r = 0; r < 2; ++r) pair(4 + r, lane, b[t + 8 * r][g], b[t + 8 * r + 1][g]);
-    for (size_t e = 0; e < 4; ++e) {
-      sums[g + 8 * (e / 2)][t + e % 2] = get<float>(warp.row(i.in[6 + e])[lane]);
+    for (int r = 0; r < 2; ++r) {
+      const auto at = ptx_layout::b_pair(lane, r);
+      pair(4 + r, lane, b[at.row][at.column], b[at.row + 1][at.column]);
+    }
+    for (int e = 0; e < 4; ++e) {
+      const auto at = ptx_layout::accumulator(lane, e);
+      sums[at.row][at.column] = get<float>(warp.row(i.in[static_cast<size_t>(6 + e)])[lane]);
     }
   }
   for (auto row = 0; row < 16; ++row) {
@@ -101,9 +99,9 @@ void multiply(Warp& warp, const Instruction& i, LaneMask lanes) {
     }
   }
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int g = lane / 4, t = lane % 4 * 2;
-    for (size_t e = 0; e < 4; ++e) {
-      put(warp.row(i.out[e])[lane], sums[g + 8 * (e / 2)][t + e % 2]);
+    for (int e = 0; e < 4; ++e) {
+      const auto at = ptx_layout::accumulator(lane, e);
+      put(warp.row(i.out[static_cast<size_t>(e)])[lane], sums[at.row][at.column]);
     }
   }
 }

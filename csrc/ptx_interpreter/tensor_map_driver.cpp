@@ -28,16 +28,16 @@ uint8_t element_bytes(CUtensorMapDataType type) {
   }
 }
 
-uint8_t swizzle_number(CUtensorMapSwizzle swizzle) {
+uint8_t swizzle_span(CUtensorMapSwizzle swizzle) {
   switch (swizzle) {
     case CU_TENSOR_MAP_SWIZZLE_32B:
-      return 1;
+      return 32;
     case CU_TENSOR_MAP_SWIZZLE_64B:
-      return 2;
+      return 64;
     case CU_TENSOR_MAP_SWIZZLE_128B:
-      return 3;
+      return 128;
     default:
-      return 0;
+      return 16;
   }
 }
 
@@ -51,15 +51,15 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
     --refused_calls;
     return CUDA_ERROR_INVALID_VALUE;
   }
-  TensorMapBits map = {};
+  TensorMap map = {};
   map.magic = kTensorMapMagic;
   map.rank = static_cast<uint8_t>(rank);
   map.element_bytes = element_bytes(type);
-  map.swizzle = swizzle_number(swizzle);
+  map.span = swizzle_span(swizzle);
   map.base = reinterpret_cast<uint64_t>(base);
   constexpr uint64_t kMostSize = uint64_t{1} << 32, kMostStride = uint64_t{1} << 40;
-  const bool fits = reinterpret_cast<uintptr_t>(out) % 64 == 0 && rank >= 1 && rank <= kMostRank &&
-                    map.element_bytes > 0 && map.base % 16 == 0 &&
+  const bool fits = reinterpret_cast<uintptr_t>(out) % 64 == 0 && rank >= 1 &&
+                    rank <= TensorMap::kMostRank && map.element_bytes > 0 && map.base % 16 == 0 &&
                     interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
                     fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   if (!fits) return CUDA_ERROR_INVALID_VALUE;
@@ -67,7 +67,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
     if (size[k] < 1 || size[k] > kMostSize || box[k] < 1 || box[k] > 256 || step[k] != 1) {
       return CUDA_ERROR_INVALID_VALUE;
     }
-    map.last[k] = static_cast<uint32_t>(size[k] - 1);
+    map.size[k] = size[k];
     map.box[k] = static_cast<uint16_t>(box[k]);
     if (k + 1 == rank) continue;
     if (stride[k] % 16 != 0 || stride[k] >= kMostStride) return CUDA_ERROR_INVALID_VALUE;
@@ -75,7 +75,7 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
   }
   const uint32_t row_bytes = box[0] * map.element_bytes;
   if (row_bytes % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
-  if (map.swizzle > 0 && row_bytes > 16u << map.swizzle) return CUDA_ERROR_INVALID_VALUE;
+  if (map.span > 16 && row_bytes > map.span) return CUDA_ERROR_INVALID_VALUE;
   *out = {};
   std::memcpy(out, &map, sizeof(map));
   return CUDA_SUCCESS;

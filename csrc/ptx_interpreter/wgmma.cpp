@@ -1,6 +1,7 @@
 // wgmma: products of matrices in shared memory by the 128 threads of a warpgroup, beside which the
 // threads go on. Each warp of the group computes its own 16 rows, at once; until the wait for their
 // group, touching the registers or writing over the operands is a fault.
+#include "../ptx_layout.h"
 #include "decode.h"
 #include "machine.h"
 #include "memory.h"
@@ -11,47 +12,7 @@ namespace {
 constexpr int kRows = 16;  // of one warp
 constexpr int kK = 16;
 
-// A matrix descriptor: where element (mn, k) of an operand stands. Layouts of 16-byte units:
-//   K-major   no swizzle: ((8, n), 2) : ((1, stride), leading)
-//             of span s:  ((8, n), 2) : ((s, stride), 1)
-//   MN-major  no swizzle: ((1, n), (8, k)) : ((., stride), (1, leading))
-//             of span s:  ((s, n), (8, k)) : ((1, leading), (s, stride))
-struct Operand {
-  uint32_t start, leading, stride;
-  int mode, span;  // bytes of the swizzle, 16 with none
-  bool mn_major;
-
-  Operand(uint64_t bits, bool is_mn_major)
-      : start(field(bits, 0)),
-        leading(field(bits, 16)),
-        stride(field(bits, 32)),
-        mode(static_cast<int>(bits >> 62)),
-        span(mode == 1   ? 128
-             : mode == 2 ? 64
-             : mode == 3 ? 32
-                         : 16),
-        mn_major(is_mn_major) {}
-
-  static uint32_t field(uint64_t bits, int at) {
-    return static_cast<uint32_t>(bits >> at & 0x3fff) << 4;
-  }
-  // Of the eight elements in a row that (mn, k) is the first of: along k, or along mn.
-  uint32_t address(int mn, int k) const {
-    uint32_t a = start;
-    const auto u = [](int x) { return static_cast<uint32_t>(x); };
-    if (!mn_major) {
-      a += u(mn % 8 * span) + u(mn / 8) * stride;
-      a += mode == 0 ? u(k / 8) * leading : u(2 * k);
-    } else if (mode == 0) {
-      a += u(mn / 8) * stride + u(k % 8 * 16) + u(k / 8) * leading;
-    } else {
-      a += u(2 * (mn % (span / 2))) + u(mn / (span / 2)) * leading + u(k % 8 * span) +
-           u(k / 8) * stride;
-    }
-    const uint32_t exchanged = mode == 1 ? 0x70 : mode == 2 ? 0x30 : mode == 3 ? 0x10 : 0;
-    return a ^ (a >> 3 & exchanged);
-  }
-};
+using ptx_layout::MatrixDescriptor;
 
 MatrixState& state_of(Warp& warp) {
   MatrixState& state = warp.matrix;
@@ -87,27 +48,17 @@ void read_chunk(const Site& site, uint32_t address, float (&elements)[8]) {
 // Rows [first, first + count) of an operand, as [k][row]; `held` rows are read in all, those that
 // other warps compute with too.
 template <float (*kFrom)(uint16_t)>
-void read_operand(const Site& site, const Operand& operand, int held, int first, int count,
+void read_operand(const Site& site, const MatrixDescriptor& operand, int held, int first, int count,
                   float* to) {
   float chunk[8];
-  const auto keep = [&](int row, int k, float x) {
-    if (row >= first && row < first + count) to[k * count + row - first] = x;
-  };
-  if (operand.mn_major) {
-    for (int k = 0; k < kK; ++k) {
-      for (int row = 0; row < held; row += 8) {
-        read_chunk<kFrom>(site, operand.address(row, k), chunk);
-        for (int e = 0; e < 8; ++e) keep(row + e, k, chunk[e]);
-      }
+  ptx_layout::for_chunks(operand.mn_major, held, [&](int row, int k) {
+    read_chunk<kFrom>(site, operand.address(static_cast<uint32_t>(row), static_cast<uint32_t>(k)),
+                      chunk);
+    for (int e = 0; e < 8; ++e) {
+      const int at = row + (operand.mn_major ? e : 0) - first;
+      if (at >= 0 && at < count) to[(k + (operand.mn_major ? 0 : e)) * count + at] = chunk[e];
     }
-  } else {
-    for (int row = 0; row < held; ++row) {
-      for (int k = 0; k < kK; k += 8) {
-        read_chunk<kFrom>(site, operand.address(row, k), chunk);
-        for (int e = 0; e < 8; ++e) keep(row, k + e, chunk[e]);
-      }
-    }
-  }
+  });
 }
 
 // number: N. flag: A in registers, flag2: A is MN-major, mode2: B is. mode: sign of the product.
@@ -125,31 +76,29 @@ void multiply(Warp& warp, const Instruction& i, LaneMask lanes) {
   size_t next = 1;
   if (i.flag) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int g = lane / 4, t = lane % 4 * 2;
-      for (size_t r = 0; r < 4; ++r) {
-        const uint64_t bits = warp.row(i.in[r])[lane];
-        const size_t row = static_cast<size_t>(g) + 8 * (r % 2),
-                     k = static_cast<size_t>(t) + 8 * (r / 2);
-        a[k][row] = kFrom(static_cast<uint16_t>(bits));
-        a[k + 1][row] = kFrom(static_cast<uint16_t>(bits >> 16));
+      for (int r = 0; r < 4; ++r) {
+        const uint64_t bits = warp.row(i.in[static_cast<size_t>(r)])[lane];
+        const auto at = ptx_layout::a_pair(lane, r);
+        a[at.column][at.row] = kFrom(static_cast<uint16_t>(bits));
+        a[at.column + 1][at.row] = kFrom(static_cast<uint16_t>(bits >> 16));
       }
     }
     next = 4;
   } else {
-    const Operand operand(same_in_all_lanes(warp, i, i.in[0], "A's descriptor"), i.flag2);
+    const MatrixDescriptor operand(same_in_all_lanes(warp, i, i.in[0], "A's descriptor"), i.flag2);
     read_operand<kFrom>(site, operand, 64, warp.index % 4 * kRows, kRows, &a[0][0]);
   }
-  const Operand operand(same_in_all_lanes(warp, i, i.in[next], "B's descriptor"), i.mode2 != 0);
+  const MatrixDescriptor operand(same_in_all_lanes(warp, i, i.in[next], "B's descriptor"),
+                                 i.mode2 != 0);
   read_operand<kFrom>(site, operand, n, 0, n, b.data());
   const uint64_t accumulate = same_in_all_lanes(warp, i, i.in[next + 1], "scale-d");
 
   const auto each_accumulator = [&](auto f) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int g = lane / 4, t = lane % 4 * 2;
       for (int e = 0; e < n / 2; ++e) {
-        const int row = g + e / 2 % 2 * 8, column = e / 4 * 8 + t + e % 2;
+        const auto at = ptx_layout::accumulator(lane, e);
         f(warp.row(i.out[static_cast<size_t>(e)])[lane],
-          sums[static_cast<size_t>(row * n + column)]);
+          sums[static_cast<size_t>(at.row * n + at.column)]);
       }
     }
   };

@@ -148,12 +148,6 @@ inline void check_finite(const char* op, const char* name, double value) {
               ", but must be a finite number, in float32 too");
 }
 
-// Beyond these limits s / c or c itself would leave the range of float32.
-inline void check_softcap(const char* op, double softcap) {
-  LMINF_CHECK(op, softcap == 0 || (softcap >= 1e-30 && softcap <= 1e30), "softcap is ", softcap,
-              ", but must be 0 (none) or a positive number from 1e-30 to 1e30");
-}
-
 inline void check_window(const char* op, int64_t window, std::optional<int64_t> max_distance) {
   LMINF_CHECK(op, window >= 1, "window is ", window,
               ", but must be at least 1: it counts the query's own key too");

@@ -1,6 +1,5 @@
-#include "backend.h"
-#include "convert.h"
-#include "ops.h"
+#include "op.h"
+#include "options.h"
 
 namespace lminf::binding {
 namespace {
@@ -21,10 +20,9 @@ void check_position_values(const Tensor& position_ids, int64_t rows, int64_t row
   }
 }
 
-}  // namespace
-
-Tensor clamped_rope(const Tensor& x, const Tensor& position_ids, const Tensor& inv_freq,
-                    std::optional<int64_t> max_position, double scaling, bool interleaved) {
+Call<ClampedRopeParams> prepare(const Tensor& x, const Tensor& position_ids, const Tensor& inv_freq,
+                                std::optional<int64_t> max_position, double scaling,
+                                bool interleaved) {
   check_rank(kOp, "x", x, 4, "[B, H, S, D]");
   check_attention_dtype(kOp, "x", x);
   const int64_t batch = x.size(0), heads = x.size(1), seqlen = x.size(2), head_dim = x.size(3);
@@ -40,36 +38,32 @@ Tensor clamped_rope(const Tensor& x, const Tensor& position_ids, const Tensor& i
               "], [1, S] or [B, S] = [", batch, ", ", seqlen, "]");
   LMINF_CHECK(kOp, !max_position || *max_position > -kPositionLimit, "max_position is ",
               max_position.value_or(0), ", but must be above -2^31");
-  const auto frequency = frequencies(kOp, inv_freq, "x", x);
 
-  ClampedRopeParams params;
-  params.rope = rope_params(kOp, "scaling", frequency, scaling, interleaved);
-
-  Tensor out = empty_output_like(x);
-  if (out.numel() == 0) return out;
-
-  const Tensor x_dense = with_dense_last_dim(x);
-  const Tensor ids =
-      has_dense_last_dim(position_ids) ? position_ids : torch::stable::contiguous(position_ids);
+  Call<ClampedRopeParams> call;
+  ClampedRopeParams& params = call.params;
+  params.rope = rope_params(kOp, {inv_freq, scaling, interleaved}, "x", x, call.copies, "scaling");
+  call.outputs.push_back(empty_output_like(x));
+  write_to(call.outputs[0], params.out, params.out_stride);
+  read_from(call.copies.dense(x), params.x, params.x_stride);
+  const Tensor& ids = call.copies.dense(position_ids);
   const bool row_positions = per_row && ids.size(0) > 1;
+  params.position_ids = data_of<int64_t>(ids);
   params.position_batch_stride = row_positions ? ids.stride(0) : 0;
-  check_position_values(ids, row_positions ? batch : 1, params.position_batch_stride, seqlen);
+  if (call.has_work()) {
+    check_position_values(ids, row_positions ? batch : 1, params.position_batch_stride, seqlen);
+  }
 
   params.dtype = dtype_of(x);
-  params.x = x_dense.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.x_stride = strides_of(x_dense);
-  params.out_stride = strides_of(out);
-  params.position_ids = static_cast<const int64_t*>(ids.const_data_ptr());
   params.batch = batch;
   params.heads = heads;
   params.seqlen = seqlen;
   params.head_dim = head_dim;
   params.has_max_position = max_position.has_value();
   params.max_position = max_position.value_or(0);
-
-  run(params, x.device());
-  return out;
+  return call;
 }
 
+LMINF_REGISTER(kOp, Op<prepare>::run)
+
+}  // namespace
 }  // namespace lminf::binding

@@ -1,20 +1,16 @@
-#include "backend.h"
-#include "convert.h"
-#include "ops.h"
+#include "op.h"
+#include "options.h"
 
 namespace lminf::binding {
 namespace {
 
 constexpr char kOp[] = "lambda_attn";
 
-// k_start's values can be read where they stand in host memory; elsewhere they are the caller's
-// promise.
-void check_positions(const std::optional<Tensor>& k_start, int64_t seqlen_k) {
-  LMINF_CHECK(kOp, seqlen_k < kPositionLimit, "k has ", seqlen_k,
-              " keys, but positions must stay below 2^31");
-  if (!k_start || !k_start->is_cpu()) return;
-  const auto* start = static_cast<const int64_t*>(k_start->const_data_ptr());
-  for (int64_t b = 0; b < k_start->size(0); ++b) {
+// Values can be read where they stand in host memory; elsewhere they are the caller's promise.
+void check_start_values(const Tensor& k_start, int64_t seqlen_k) {
+  if (!k_start.is_cpu()) return;
+  const auto* start = data_of<int64_t>(k_start);
+  for (int64_t b = 0; b < k_start.size(0); ++b) {
     LMINF_CHECK(kOp, start[b] > -kPositionLimit && start[b] <= kPositionLimit - seqlen_k,
                 "k_start[", b, "] is ", start[b], ", but with ", seqlen_k,
                 " keys it must be above -2^31 and at most ", kPositionLimit - seqlen_k,
@@ -64,16 +60,13 @@ void check_global(const std::optional<Tensor>& global_k, const std::optional<Ten
   }
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> lambda_attn(
-    const Tensor& q, const Tensor& k, const Tensor& v, int64_t n_global, int64_t window,
-    std::optional<int64_t> max_distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
-    bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
-    const std::optional<Tensor>& k_start, const std::optional<Tensor>& global_k,
-    const std::optional<Tensor>& global_v, const std::optional<Tensor>& cu_seqlens,
-    int64_t k_rotated, const std::optional<Tensor>& distance_bias) {
+Call<LambdaAttnParams> prepare(const Tensor& q, const Tensor& k, const Tensor& v, int64_t n_global,
+                               int64_t window, std::optional<int64_t> max_distance,
+                               const RotaryOptions& rotary, const ScoreOptions& score,
+                               const std::optional<Tensor>& k_start,
+                               const std::optional<Tensor>& global_k,
+                               const std::optional<Tensor>& global_v,
+                               const std::optional<Tensor>& cu_seqlens, int64_t k_rotated) {
   check_rank(kOp, "q", q, 4, "[B, Hq, Sq, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, Sk, D]");
   check_attention_dtype(kOp, "q", q);
@@ -94,7 +87,7 @@ std::tuple<Tensor, Tensor> lambda_attn(
   check_global(global_k, global_v, q, k, n_global);
   LMINF_CHECK(kOp, k_rotated >= 0 && k_rotated <= seqlen_k, "k_rotated is ", k_rotated,
               ", but must be from 0 to the number of keys, which is ", seqlen_k);
-  LMINF_CHECK(kOp, k_rotated == 0 || inv_freq, "k_rotated is ", k_rotated,
+  LMINF_CHECK(kOp, k_rotated == 0 || rotary.inv_freq, "k_rotated is ", k_rotated,
               ", but without inv_freq nothing is rotated; give inv_freq or leave k_rotated at 0");
   LMINF_CHECK(kOp, k_rotated == 0 || n_global == 0 || global_k, "k_rotated is ", k_rotated,
               ", but with n_global ", n_global,
@@ -108,51 +101,32 @@ std::tuple<Tensor, Tensor> lambda_attn(
     check_packed(*cu_seqlens, q, k, k_start || global_k || k_rotated > 0);
   }
 
-  const Tensor q_dense = with_dense_last_dim(q);
-  const Tensor k_dense = with_dense_last_dim(k);
-  const Tensor v_dense = with_dense_last_dim(v);
-  const auto frequency = frequencies(kOp, inv_freq, "q", q);
-  const auto slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q);
-  const auto sinks = per_head(kOp, "sink_logits", sink_logits, q);
-  const auto biases = bias_by_distance(kOp, distance_bias, q, max_distance.value_or(window));
-  std::optional<Tensor> start, offsets, global_k_dense, global_v_dense;
-  if (k_start) start = as_contiguous(*k_start);
-  check_positions(start, seqlen_k);
-  if (cu_seqlens) {
-    offsets = as_contiguous(*cu_seqlens);
-    check_packed_values(*offsets, seqlen_q);
+  Call<LambdaAttnParams> call;
+  LambdaAttnParams& params = call.params;
+  params.rope = rope_params(kOp, rotary, "q", q, call.copies);
+  params.score = score_params(kOp, score, q, {max_distance.value_or(window)}, call.copies);
+  LMINF_CHECK(kOp, seqlen_k < kPositionLimit, "k has ", seqlen_k,
+              " keys, but positions must stay below 2^31");
+  if (k_start) {
+    const Tensor& start = call.copies.contiguous(*k_start);
+    check_start_values(start, seqlen_k);
+    params.k_start = data_of<int64_t>(start);
   }
-
-  LambdaAttnParams params;
-  params.score = score_params(kOp, scale, softcap, slopes, sinks, biases, head_dim);
-  params.rope = rope_params(kOp, "rope_scaling", frequency, rope_scaling, rope_interleaved);
-
-  Tensor out = empty_output_like(q);
-  Tensor lse = empty_lse(q);
-  if (lse.numel() == 0) return {out, lse};
+  if (cu_seqlens) {
+    const Tensor& offsets = call.copies.contiguous(*cu_seqlens);
+    check_packed_values(offsets, seqlen_q);
+    params.cu_seqlens = data_of<int32_t>(offsets);
+    params.n_sequences = offsets.size(0) - 1;
+  }
 
   params.dtype = dtype_of(q);
-  params.q = q_dense.const_data_ptr();
-  params.k = k_dense.const_data_ptr();
-  params.v = v_dense.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.q_stride = strides_of(q_dense);
-  params.k_stride = strides_of(k_dense);
-  params.v_stride = strides_of(v_dense);
-  params.out_stride = strides_of(out);
+  add_attention_outputs(call, q);
+  read_from(call.copies.dense(q), params.q, params.q_stride);
+  read_from(call.copies.dense(k), params.k, params.k_stride);
+  read_from(call.copies.dense(v), params.v, params.v_stride);
   if (global_k) {
-    global_k_dense = with_dense_last_dim(*global_k);
-    global_v_dense = with_dense_last_dim(*global_v);
-    params.global_k = global_k_dense->const_data_ptr();
-    params.global_v = global_v_dense->const_data_ptr();
-    params.global_k_stride = strides_of(*global_k_dense);
-    params.global_v_stride = strides_of(*global_v_dense);
-  }
-  if (start) params.k_start = static_cast<const int64_t*>(start->const_data_ptr());
-  if (offsets) {
-    params.cu_seqlens = static_cast<const int32_t*>(offsets->const_data_ptr());
-    params.n_sequences = offsets->size(0) - 1;
+    read_from(call.copies.dense(*global_k), params.global_k, params.global_k_stride);
+    read_from(call.copies.dense(*global_v), params.global_v, params.global_v_stride);
   }
   params.batch = batch;
   params.heads_q = heads_q;
@@ -164,9 +138,11 @@ std::tuple<Tensor, Tensor> lambda_attn(
   params.window = window;
   params.max_distance = max_distance.value_or(window);
   params.k_rotated = k_rotated;
-
-  run(params, q.device());
-  return {out, lse};
+  return call;
 }
 
+LMINF_REGISTER(kOp, Op<prepare>::run)
+LMINF_REGISTER("lambda_attn_plan", Op<prepare>::plan)
+
+}  // namespace
 }  // namespace lminf::binding

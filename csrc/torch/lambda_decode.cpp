@@ -1,7 +1,5 @@
-#include "backend.h"
-#include "convert.h"
-#include "derivatives.h"
-#include "ops.h"
+#include "op.h"
+#include "options.h"
 
 namespace lminf::binding {
 namespace {
@@ -17,19 +15,11 @@ void check_position_values(const Tensor& positions) {
   }
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> lambda_decode(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ring_k, const Tensor& ring_v,
-    const Tensor& global_k, const Tensor& global_v, const Tensor& positions, int64_t window,
-    std::optional<int64_t> max_distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
-    bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
-    const std::optional<Tensor>& distance_bias) {
-  if (aoti_torch_grad_mode_is_enabled()) {
-    refuse_derivatives(kOp, {q, k, v, ring_k, ring_v, global_k, global_v},
-                       {&inv_freq, &alibi_slopes, &sink_logits, &distance_bias});
-  }
+Call<LambdaDecodeParams> prepare(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& ring_k, const Tensor& ring_v, const Tensor& global_k,
+                                 const Tensor& global_v, const Tensor& positions, int64_t window,
+                                 std::optional<int64_t> max_distance, const RotaryOptions& rotary,
+                                 const ScoreOptions& score) {
   check_rank(kOp, "q", q, 4, "[B, Hq, 1, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, 1, D]");
   check_rank(kOp, "ring_k", ring_k, 4, "[B, Hkv, C, D]");
@@ -64,43 +54,23 @@ std::tuple<Tensor, Tensor> lambda_decode(
   check_dtype(kOp, "positions", positions, ScalarType::Long, "int64");
   check_same_device(kOp, "positions", positions, "q", q);
 
-  const Tensor q_dense = with_dense_last_dim(q);
-  const Tensor k_dense = with_dense_last_dim(k);
-  const Tensor v_dense = with_dense_last_dim(v);
-  const Tensor row_positions = as_contiguous(positions);
-  const auto frequency = frequencies(kOp, inv_freq, "q", q);
-  const auto slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q);
-  const auto sinks = per_head(kOp, "sink_logits", sink_logits, q);
-  const auto biases = bias_by_distance(kOp, distance_bias, q, max_distance.value_or(window));
+  Call<LambdaDecodeParams> call;
+  LambdaDecodeParams& params = call.params;
+  params.rope = rope_params(kOp, rotary, "q", q, call.copies);
+  params.score = score_params(kOp, score, q, {max_distance.value_or(window)}, call.copies);
+  const Tensor& row_positions = call.copies.contiguous(positions);
   check_position_values(row_positions);
 
-  LambdaDecodeParams params;
-  params.score = score_params(kOp, scale, softcap, slopes, sinks, biases, head_dim);
-  params.rope = rope_params(kOp, "rope_scaling", frequency, rope_scaling, rope_interleaved);
-
-  Tensor out = empty_output_like(q);
-  Tensor lse = empty_lse(q);
-  if (lse.numel() == 0) return {out, lse};
-
   params.dtype = dtype_of(q);
-  params.q = q_dense.const_data_ptr();
-  params.k = k_dense.const_data_ptr();
-  params.v = v_dense.const_data_ptr();
-  params.ring_k = ring_k.mutable_data_ptr();
-  params.ring_v = ring_v.mutable_data_ptr();
-  params.global_k = global_k.mutable_data_ptr();
-  params.global_v = global_v.mutable_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.q_stride = strides_of(q_dense);
-  params.k_stride = strides_of(k_dense);
-  params.v_stride = strides_of(v_dense);
-  params.ring_k_stride = strides_of(ring_k);
-  params.ring_v_stride = strides_of(ring_v);
-  params.global_k_stride = strides_of(global_k);
-  params.global_v_stride = strides_of(global_v);
-  params.out_stride = strides_of(out);
-  params.positions = static_cast<const int64_t*>(row_positions.const_data_ptr());
+  add_attention_outputs(call, q);
+  read_from(call.copies.dense(q), params.q, params.q_stride);
+  read_from(call.copies.dense(k), params.k, params.k_stride);
+  read_from(call.copies.dense(v), params.v, params.v_stride);
+  write_to(ring_k, params.ring_k, params.ring_k_stride);
+  write_to(ring_v, params.ring_v, params.ring_v_stride);
+  write_to(global_k, params.global_k, params.global_k_stride);
+  write_to(global_v, params.global_v, params.global_v_stride);
+  params.positions = data_of<int64_t>(row_positions);
   params.batch = batch;
   params.heads_q = heads_q;
   params.heads_kv = heads_kv;
@@ -109,9 +79,11 @@ std::tuple<Tensor, Tensor> lambda_decode(
   params.n_global = n_global;
   params.window = window;
   params.max_distance = max_distance.value_or(window);
-
-  run(params, q.device());
-  return {out, lse};
+  return call;
 }
 
+LMINF_REGISTER(kOp, Op<prepare>::run_forward_only<kOp>)
+LMINF_REGISTER("lambda_decode_plan", Op<prepare>::plan)
+
+}  // namespace
 }  // namespace lminf::binding

@@ -1,6 +1,5 @@
-#include "backend.h"
-#include "convert.h"
-#include "ops.h"
+#include "op.h"
+#include "options.h"
 
 namespace lminf::binding {
 namespace {
@@ -16,27 +15,11 @@ void check_position_values(const char* name, const Tensor& positions) {
   }
 }
 
-// distance_bias [Hq, more than `distance`] of any floating dtype, as float32.
-std::optional<Tensor> bias_at_distance(const std::optional<Tensor>& distance_bias, const Tensor& q,
-                                       int64_t distance) {
-  if (!distance_bias) return std::nullopt;
-  check_rank(kOp, "distance_bias", *distance_bias, 2, "[Hq, max_distance + 1]");
-  LMINF_CHECK(kOp, distance_bias->size(0) == q.size(1) && distance_bias->size(1) > distance,
-              "distance_bias has shape ", shape_of(*distance_bias), ", but must have ", q.size(1),
-              " rows, one a head, and more than distance columns, which is ", distance);
-  check_table_length(kOp, *distance_bias);
-  return as_float(kOp, "distance_bias", *distance_bias, q);
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> middle_topk(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lambda_out,
-    const Tensor& lambda_lse, const Tensor& positions, int64_t n_global, int64_t window,
-    int64_t top_k, int64_t distance, const std::optional<Tensor>& inv_freq, double rope_scaling,
-    bool rope_interleaved, const std::optional<Tensor>& alibi_slopes,
-    const std::optional<Tensor>& sink_logits, std::optional<double> scale, double softcap,
-    const std::optional<Tensor>& k_start, const std::optional<Tensor>& distance_bias) {
+Call<MiddleTopkParams> prepare(const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& lambda_out, const Tensor& lambda_lse,
+                               const Tensor& positions, int64_t n_global, int64_t window,
+                               int64_t top_k, int64_t distance, const RotaryOptions& rotary,
+                               const ScoreOptions& score, const std::optional<Tensor>& k_start) {
   check_rank(kOp, "q", q, 4, "[B, Hq, 1, D]");
   check_rank(kOp, "k", k, 4, "[B, Hkv, Sk, D]");
   check_attention_dtype(kOp, "q", q);
@@ -68,48 +51,28 @@ std::tuple<Tensor, Tensor, Tensor> middle_topk(
     check_same_device(kOp, "k_start", *k_start, "q", q);
   }
 
-  const Tensor q_dense = with_dense_last_dim(q);
-  const Tensor k_dense = with_dense_last_dim(k);
-  const Tensor v_dense = with_dense_last_dim(v);
-  const Tensor lambda_out_dense = with_dense_last_dim(lambda_out);
-  const Tensor lambda_lse_dense = as_contiguous(lambda_lse);
-  const Tensor row_positions = as_contiguous(positions);
-  const auto frequency = frequencies(kOp, inv_freq, "q", q);
-  const auto slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q);
-  const auto sinks = per_head(kOp, "sink_logits", sink_logits, q);
-  const auto biases = bias_at_distance(distance_bias, q, distance);
+  Call<MiddleTopkParams> call;
+  MiddleTopkParams& params = call.params;
+  params.rope = rope_params(kOp, rotary, "q", q, call.copies);
+  params.score = score_params(kOp, score, q, {distance, /*alone=*/true}, call.copies);
+  const Tensor& row_positions = call.copies.contiguous(positions);
   check_position_values("positions", row_positions);
-
-  MiddleTopkParams params;
-  params.score = score_params(kOp, scale, softcap, slopes, sinks, biases, head_dim);
-  params.rope = rope_params(kOp, "rope_scaling", frequency, rope_scaling, rope_interleaved);
-  std::optional<Tensor> first_positions;
   if (k_start) {
-    first_positions = as_contiguous(*k_start);
-    check_position_values("k_start", *first_positions);
-    params.k_start = static_cast<const int64_t*>(first_positions->const_data_ptr());
+    const Tensor& first_positions = call.copies.contiguous(*k_start);
+    check_position_values("k_start", first_positions);
+    params.k_start = data_of<int64_t>(first_positions);
   }
 
-  Tensor out = empty_output_like(q);
-  Tensor lse = empty_lse(q);
-  Tensor chosen = torch::stable::new_empty(positions, {batch, heads_q, top_k});
-  if (lse.numel() == 0) return {out, lse, chosen};
-
   params.dtype = dtype_of(q);
-  params.q = q_dense.const_data_ptr();
-  params.k = k_dense.const_data_ptr();
-  params.v = v_dense.const_data_ptr();
-  params.lambda_out = lambda_out_dense.const_data_ptr();
-  params.lambda_lse = static_cast<const float*>(lambda_lse_dense.const_data_ptr());
-  params.out = out.mutable_data_ptr();
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.chosen = static_cast<int64_t*>(chosen.mutable_data_ptr());
-  params.q_stride = strides_of(q_dense);
-  params.k_stride = strides_of(k_dense);
-  params.v_stride = strides_of(v_dense);
-  params.lambda_out_stride = strides_of(lambda_out_dense);
-  params.out_stride = strides_of(out);
-  params.positions = static_cast<const int64_t*>(row_positions.const_data_ptr());
+  add_attention_outputs(call, q);
+  call.outputs.push_back(torch::stable::new_empty(positions, {batch, heads_q, top_k}));
+  params.chosen = static_cast<int64_t*>(call.outputs[2].mutable_data_ptr());
+  read_from(call.copies.dense(q), params.q, params.q_stride);
+  read_from(call.copies.dense(k), params.k, params.k_stride);
+  read_from(call.copies.dense(v), params.v, params.v_stride);
+  read_from(call.copies.dense(lambda_out), params.lambda_out, params.lambda_out_stride);
+  params.lambda_lse = data_of<float>(call.copies.contiguous(lambda_lse));
+  params.positions = data_of<int64_t>(row_positions);
   params.batch = batch;
   params.heads_q = heads_q;
   params.heads_kv = heads_kv;
@@ -119,9 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> middle_topk(
   params.window = window;
   params.top_k = top_k;
   params.distance = distance;
-
-  run(params, q.device());
-  return {out, lse, chosen};
+  return call;
 }
 
+LMINF_REGISTER(kOp, Op<prepare>::run)
+
+}  // namespace
 }  // namespace lminf::binding

@@ -6,26 +6,23 @@ callers: a broken rule raises ValueError with the argument's name, its value, an
 
 import torch
 
-from lminf_cuda.ops import fakes
 from lminf_cuda.ops.autograd import autograd_kernel, transform_kernel, why_no_derivative
-from lminf_cuda.ops.schemas import SCHEMAS, TAGS
+from lminf_cuda.ops.fakes import fake_kernel
+from lminf_cuda.ops.schemas import SCHEMAS, define
 
 
 def _register() -> torch.library.Library:
     """Defines the ops. The library object must live as long as they are to be callable."""
     library = torch.library.Library("lminf", "FRAGMENT")
-    for schema in SCHEMAS:
-        library.define(schema, tags=TAGS)
-    torch.library.register_fake("lminf::lambda_attn", fakes.lambda_attn, lib=library)
-    torch.library.register_fake("lminf::lambda_decode", fakes.lambda_decode, lib=library)
-    torch.library.register_fake("lminf::clamped_rope", fakes.clamped_rope, lib=library)
-    torch.library.register_fake("lminf::middle_topk", fakes.middle_topk, lib=library)
-    ops = torch.ops.lminf
-    for op in (ops.lambda_attn.default, ops.clamped_rope.default, ops.middle_topk.default):
-        library.impl(op._opname, autograd_kernel(op), "Autograd", with_keyset=True)
-    # Called once per layer and token, it keeps the direct way: csrc/torch/derivatives.h.
-    decode = ops.lambda_decode.default
-    library.impl(decode._opname, transform_kernel(decode), "FuncTorchDynamicLayerFrontMode")
+    define(library)
+    for name in SCHEMAS:
+        torch.library.register_fake(f"lminf::{name}", fake_kernel(name), lib=library)
+        op = getattr(torch.ops.lminf, name).default
+        if name == "lambda_decode":
+            # Called once per layer and token, it keeps the direct way: csrc/torch/derivatives.h.
+            library.impl(name, transform_kernel(op), "FuncTorchDynamicLayerFrontMode")
+        else:
+            library.impl(name, autograd_kernel(op), "Autograd", with_keyset=True)
     library.define("why_no_derivative(str op, Tensor[] tensors) -> str")
     library.impl("why_no_derivative", why_no_derivative, "CompositeExplicitAutograd")
     return library

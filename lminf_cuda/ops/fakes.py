@@ -1,5 +1,6 @@
 """The ops' fake kernels: what torch.compile and meta tensors are told of the outputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from lminf_cuda.ops.autograd import refuse_derivatives, tensors_among
 
 
 def _output_like(x: Tensor) -> Tensor:
-    """Like torch.empty_like, with the last dimension contiguous (csrc/torch/convert.h)."""
+    """Like torch.empty_like, with the last dimension contiguous (csrc/torch/call.h)."""
     out = torch.empty_like(x)
     if out.shape[-1] > 1 and out.stride(-1) != 1:
         return x.new_empty(x.shape)
@@ -25,34 +26,37 @@ def _check_devices(op: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _attention_fake(q: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
     return _output_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def lambda_attn(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """Of the op of that name."""
-    tensors = tensors_among(args, kwargs)
-    _check_devices("lambda_attn", *tensors)
-    return _attention_fake(tensors[0])
+def _decode_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    refuse_derivatives("lambda_decode", tensors_among(args, kwargs))
+    return _attention_fake(*args)
 
 
-def lambda_decode(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    """Of the op of that name."""
-    tensors = tensors_among(args, kwargs)
-    refuse_derivatives("lambda_decode", tensors)
-    _check_devices("lambda_decode", *tensors)
-    return _attention_fake(tensors[0])
+def _rope_fake(x: Tensor, *_: object, **__: object) -> Tensor:
+    return _output_like(x)
 
 
-def clamped_rope(*args: object, **kwargs: object) -> Tensor:
-    """Of the op of that name."""
-    tensors = tensors_among(args, kwargs)
-    _check_devices("clamped_rope", *tensors)
-    return _output_like(tensors[0])
-
-
-def middle_topk(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the op of that name."""
-    _check_devices("middle_topk", *tensors_among(args, kwargs))
+def _middle_fake(*args: Any, **_: object) -> tuple[Tensor, Tensor, Tensor]:
     q, positions, top_k = args[0], args[5], args[8]
     return *_attention_fake(q), positions.new_empty((*q.shape[:2], top_k))
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "lambda_attn": _attention_fake,
+    "lambda_decode": _decode_fake,
+    "clamped_rope": _rope_fake,
+    "middle_topk": _middle_fake,
+}
+
+
+def fake_kernel(name: str) -> Callable[..., object]:
+    """Of the op of that name."""
+
+    def kernel(*args: object, **kwargs: object) -> object:
+        _check_devices(name, *tensors_among(args, kwargs))
+        return _FAKES[name](*args, **kwargs)
+
+    return kernel

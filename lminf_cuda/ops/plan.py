@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lminf_cuda import _C
-
 
 @dataclass(frozen=True)
 class KernelPlan:
@@ -41,9 +39,6 @@ class KernelPlan:
     workspace_bytes: int
 
 
-NOTHING = KernelPlan("none", 0, 0, 1, False, 0, 0, 0, 0)
-
-
 def _capability(value: int | tuple[int, int] | None) -> int:
     """Ten times the compute capability, 0 for the tensors' own device."""
     if value is None:
@@ -58,15 +53,20 @@ def _capability(value: int | tuple[int, int] | None) -> int:
 
 
 def _plan(
-    call: Callable[[], object],
+    op: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
     device_capability: int | tuple[int, int] | None,
     multiprocessors: int,
 ) -> KernelPlan:
     if multiprocessors < 1:
         raise ValueError(f"multiprocessors is {multiprocessors}, but must be at least 1")
-    with torch.no_grad():
-        found = _C.plan(call, _capability(device_capability), multiprocessors)
-    return NOTHING if found is None else KernelPlan(**found)
+    device = {
+        "device_capability": _capability(device_capability),
+        "multiprocessors": multiprocessors,
+    }
+    kernel, (block_m, block_n, splits, overlaps, *sizes) = op(*arguments, **options, **device)
+    return KernelPlan(kernel, block_m, block_n, splits, bool(overlaps), *sizes)
 
 
 def kernel_plan(
@@ -100,7 +100,9 @@ def kernel_plan(
         RuntimeError: more blocks than a launch takes.
     """
     return _plan(
-        lambda: torch.ops.lminf.lambda_attn(q, k, v, n_global, window, **options),
+        torch.ops.lminf.lambda_attn_plan,
+        (q, k, v, n_global, window),
+        options,
         device_capability,
         multiprocessors,
     )
@@ -115,7 +117,9 @@ def decode_plan(
     """What torch.ops.lminf.lambda_decode runs for `arguments` and `options`; the cache is left as
     it is. Otherwise like kernel_plan; multiprocessors decide how the keys are split."""
     return _plan(
-        lambda: torch.ops.lminf.lambda_decode(*arguments, **options),
+        torch.ops.lminf.lambda_decode_plan,
+        arguments,
+        options,
         device_capability,
         multiprocessors,
     )

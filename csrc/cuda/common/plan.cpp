@@ -4,12 +4,9 @@ namespace lminf::cuda {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int64_t kAlignment = 256;
 // Tiles that a block's four warps should at least have between them, lest merging costs more than
 // it wins.
 constexpr int64_t kLeastTiles = 8;
-
-int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 // Whether all rows start at a multiple of 16 bytes. A tensor of one row has none to step to.
 bool aligned(const void* data, const Strides& s, bool has_rows = true) {
@@ -19,13 +16,6 @@ bool aligned(const void* data, const Strides& s, bool has_rows = true) {
 
 bool fits_tensor_cores(DType dtype, int64_t head_dim) {
   return dtype != DType::kFloat32 && head_dim % 8 == 0 && head_dim <= kSm80MaxHeadDim;
-}
-
-void check_head_dim(const char* op, int64_t head_dim) {
-  if (head_dim > kMaxHeadDim) {
-    throw std::invalid_argument(std::string(op) + ": head dim is " + std::to_string(head_dim) +
-                                ", but on CUDA it must be at most " + std::to_string(kMaxHeadDim));
-  }
 }
 
 // Whether TMA covers a tensor: a side that is stepped over has a stride of its own, below 2^40
@@ -131,7 +121,8 @@ AttnWorkspace attn_workspace(const LambdaAttnParams& p) {
   return w;
 }
 
-KernelPlan lambda_attn_plan(const LambdaAttnParams& p, const DeviceFacts& device) {
+template <>
+KernelPlan plan_of(const LambdaAttnParams& p, const DeviceFacts& device) {
   check_head_dim("lambda_attn", p.head_dim);
   KernelPlan plan;
   if (p.batch == 0 || p.heads_q == 0 || p.seqlen_q == 0) return plan;
@@ -199,7 +190,8 @@ DecodeShape decode_shape(const LambdaDecodeParams& p, const DeviceFacts& device)
   return shape;
 }
 
-KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& device) {
+template <>
+KernelPlan plan_of(const LambdaDecodeParams& p, const DeviceFacts& device) {
   check_head_dim("lambda_decode", p.head_dim);
   KernelPlan plan;
   if (p.batch == 0 || p.heads_q == 0) return plan;
@@ -213,33 +205,6 @@ KernelPlan lambda_decode_plan(const LambdaDecodeParams& p, const DeviceFacts& de
   check_blocks("lambda_decode", plan.blocks);
   plan.threads = shape.threads;
   plan.shared_bytes = shape.shared_bytes;
-  plan.workspace_bytes = shape.workspace_bytes;
-  return plan;
-}
-
-MiddleShape middle_shape(const MiddleTopkParams& p, int multiprocessors) {
-  check_head_dim("middle_topk", p.head_dim);
-  constexpr int64_t kLeastKeys = 1024;  // of a split
-  constexpr int64_t kBlocksPerMultiprocessor = 4;
-  MiddleShape shape;
-  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, kMiddleHeads);
-  const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
-  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / blocks;
-  shape.splits = max64(1, min64(wanted, p.seqlen_k / kLeastKeys));
-  const int64_t entries = p.batch * p.heads_q * shape.splits * p.top_k;
-  shape.position_bytes = aligned_up(entries * 8);
-  shape.workspace_bytes = shape.position_bytes + entries * 4;
-  return shape;
-}
-
-KernelPlan middle_topk_plan(const MiddleTopkParams& p, const DeviceFacts& device) {
-  const MiddleShape shape = middle_shape(p, device.multiprocessors);
-  KernelPlan plan;
-  plan.kernel = name_of(AttnKernel::kPlain);
-  plan.block_m = kMiddleHeads;
-  plan.splits = shape.splits;
-  plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
-  check_blocks("middle_topk", plan.blocks);
   plan.workspace_bytes = shape.workspace_bytes;
   return plan;
 }

@@ -28,6 +28,16 @@ inline void check_blocks(const char* kernel, int64_t blocks) {
   }
 }
 
+inline void check_head_dim(const char* op, int64_t head_dim) {
+  if (head_dim > kMaxHeadDim) {
+    throw std::invalid_argument(std::string(op) + ": head dim is " + std::to_string(head_dim) +
+                                ", but on CUDA it must be at most " + std::to_string(kMaxHeadDim));
+  }
+}
+
+// Bytes of a part of a workspace.
+inline int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
 // Queries and keys of a block's tile.
 struct TileSizes {
   int head_dim, block_m, block_n;
@@ -169,18 +179,5 @@ struct DecodePlainSharedSizes {
         weights(n_rows * kDecodeTileKeys) {}
   LMINF_HD int bytes(int head_dim) const { return 4 * (2 * rows + keys + weights + 2 * head_dim); }
 };
-
-// --- Middle tokens (middle_topk.cu) ---
-
-constexpr int kMiddleHeads = 4;  // query heads of a tile
-
-struct MiddleShape {
-  int64_t head_tiles = 1;  // per key head
-  int64_t splits = 1;
-  int64_t position_bytes = 0;   // of the lists' positions, at the workspace's start
-  int64_t workspace_bytes = 0;  // of these and the lists' scores
-};
-// Throws std::invalid_argument for a head dim that no kernel covers.
-MiddleShape middle_shape(const MiddleTopkParams& params, int multiprocessors);
 
 }  // namespace lminf::cuda

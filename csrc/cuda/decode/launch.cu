@@ -116,9 +116,10 @@ void run_merge(const DecodeLaunch& l, bool overlaps, Stream stream) {
 
 }  // namespace
 
-void lambda_decode(const LambdaDecodeParams& params, const DeviceFacts& device, void* workspace,
-                   Stream stream) {
-  const KernelPlan plan = lambda_decode_plan(params, device);
+template <>
+void run_op(const LambdaDecodeParams& params, const DeviceFacts& device, void* workspace,
+            Stream stream) {
+  const KernelPlan plan = plan_of(params, device);
   if (plan.blocks == 0) return;
   static_assert(sizeof(SoftmaxState) == 8, "what the plan counts with");
   const DecodeShape shape = decode_shape(params, device);

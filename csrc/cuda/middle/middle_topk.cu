@@ -19,12 +19,34 @@
 namespace lminf::cuda {
 namespace {
 
-constexpr int kHeads = kMiddleHeads;
+constexpr int kHeads = 4;  // query heads of a tile
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTileKeys = 128;
 constexpr int kKeysAtOnce = 4;  // of one group of lanes: loads under way
 static_assert(kWarps == kHeads, "a warp for each head's list");
+
+struct MiddleShape {
+  int64_t head_tiles = 1;  // per key head
+  int64_t splits = 1;
+  int64_t position_bytes = 0;   // of the lists' positions, at the workspace's start
+  int64_t workspace_bytes = 0;  // of these and the lists' scores
+};
+
+MiddleShape middle_shape(const MiddleTopkParams& p, int multiprocessors) {
+  check_head_dim("middle_topk", p.head_dim);
+  constexpr int64_t kLeastKeys = 1024;  // of a split
+  constexpr int64_t kBlocksPerMultiprocessor = 4;
+  MiddleShape shape;
+  shape.head_tiles = ceil_div(p.heads_q / p.heads_kv, kHeads);
+  const int64_t blocks = max64(1, p.batch * p.heads_kv * shape.head_tiles);
+  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / blocks;
+  shape.splits = max64(1, min64(wanted, p.seqlen_k / kLeastKeys));
+  const int64_t entries = p.batch * p.heads_q * shape.splits * p.top_k;
+  shape.position_bytes = aligned_up(entries * 8);
+  shape.workspace_bytes = shape.position_bytes + entries * 4;
+  return shape;
+}
 
 struct MiddleLaunch {
   MiddleTopkParams p;
@@ -302,8 +324,22 @@ void run(const MiddleLaunch& l, Stream stream) {
 
 }  // namespace
 
-void middle_topk(const MiddleTopkParams& params, const DeviceFacts& device, void* workspace,
-                 Stream stream) {
+template <>
+KernelPlan plan_of(const MiddleTopkParams& p, const DeviceFacts& device) {
+  const MiddleShape shape = middle_shape(p, device.multiprocessors);
+  KernelPlan plan;
+  plan.kernel = name_of(AttnKernel::kPlain);
+  plan.block_m = kHeads;
+  plan.splits = shape.splits;
+  plan.blocks = p.batch * p.heads_kv * shape.head_tiles * shape.splits;
+  check_blocks("middle_topk", plan.blocks);
+  plan.workspace_bytes = shape.workspace_bytes;
+  return plan;
+}
+
+template <>
+void run_op(const MiddleTopkParams& params, const DeviceFacts& device, void* workspace,
+            Stream stream) {
   const MiddleShape shape = middle_shape(params, device.multiprocessors);
   MiddleLaunch l;
   l.p = params;

@@ -10,9 +10,10 @@
 
 namespace lminf::cuda {
 
-void lambda_attn(const LambdaAttnParams& params, const DeviceFacts& device, void* workspace,
-                 Stream stream) {
-  if (lambda_attn_plan(params, device).blocks == 0) return;
+template <>
+void run_op(const LambdaAttnParams& params, const DeviceFacts& device, void* workspace,
+            Stream stream) {
+  if (plan_of(params, device).blocks == 0) return;
 
   AttnSources sources;
   sources.p = params;

@@ -169,7 +169,13 @@ void rotate_rows(const RotateParams& params, Stream stream) {
   throw std::invalid_argument("rotate_rows: unknown dtype");
 }
 
-void clamped_rope(const ClampedRopeParams& p, Stream stream) {
+template <>
+KernelPlan plan_of(const ClampedRopeParams&, const DeviceFacts&) {
+  return {};
+}
+
+template <>
+void run_op(const ClampedRopeParams& p, const DeviceFacts&, void*, Stream stream) {
   RotateParams r;
   r.dtype = p.dtype;
   r.x = p.x;
