@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-import lminf_cuda.ops
+import lminf_cuda.ops.schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -153,12 +153,12 @@ def loaded(name: str) -> ModuleType:
     spec.loader.exec_module(made)
     made.set_schedule_seed(int(os.environ.get("LMINF_SCHEDULE_SEED", "0")))
     _libraries.append(torch.library.Library(module_name, "FRAGMENT"))
-    lminf_cuda.ops.define(_libraries[-1])
+    lminf_cuda.ops.schemas.define(_libraries[-1])
     return made
 
 
 def module() -> ModuleType:
-    """The machine that runs the kernels in the way that is chosen (csrc/emulation/module.cpp)."""
+    """The machine that runs the kernels in that way (csrc/torch/testing/module.cpp)."""
     return loaded(_way)
 
 
@@ -175,7 +175,7 @@ def kernel(*args: Any, **kwargs: Any) -> str:
 
 @contextlib.contextmanager
 def device(**facts: Any) -> Iterator[None]:
-    """Plans are made for such a device: see set_device in csrc/emulation/module.cpp."""
+    """Plans are made for such a device: see set_device in csrc/torch/testing/module.cpp."""
     module().set_device(**facts)
     try:
         yield

@@ -341,7 +341,7 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
                 )
                 for x in (q.double(), k.double())
             )
-        slopes = family.alibi_slopes(module)
+        slopes = family.slopes(module)
         return dense(module, q, k, v, scaling=scale, slopes=slopes)[0].flatten(2)
 
     if family.forward is not None:

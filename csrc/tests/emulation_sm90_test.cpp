@@ -210,7 +210,7 @@ Outcome run(uint64_t seed = 0) {
                                     Swizzle::k128});
   };
   cuda::TensorMap map = map_of(in);
-  if (kPlanted == Planted::kMapOfAnotherSwizzle) map.swizzle_bytes = 64;
+  if (kPlanted == Planted::kMapOfAnotherSwizzle) map.span = 64;
   Outcome outcome;
   try {
     cuda::launch("squares", squares<kPlanted>, {1, kThreads, kSharedBytes}, nullptr, map,

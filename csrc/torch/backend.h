@@ -21,8 +21,6 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace lminf::binding {
 
-using torch::stable::Device;
-
 // PyTorch's own thread pool, so that torch.set_num_threads holds for these kernels too.
 inline cpu::Threads torch_threads() {
   cpu::Threads threads;
@@ -35,7 +33,7 @@ inline cpu::Threads torch_threads() {
 
 #if defined(LMINF_WITH_CUDA)
 template <typename Params>
-void run_on_cuda(const Params& params, const Device& device) {
+void run_on_cuda(const Params& params, const torch::stable::Device& device) {
   const torch::stable::accelerator::DeviceGuard guard(device.index());
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device.index(), &stream) != 0) {
@@ -43,18 +41,19 @@ void run_on_cuda(const Params& params, const Device& device) {
   }
   const cuda::DeviceFacts facts = cuda::device_facts(device.index());
   const int64_t bytes = cuda::plan_of(params, facts).workspace_bytes;
-  Tensor workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, device);
-  cuda::run_op(params, facts, workspace.mutable_data_ptr(), stream);
+  std::optional<Tensor> workspace;
+  if (bytes > 0) {
+    workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, device);
+  }
+  cuda::run_op(params, facts, workspace ? workspace->mutable_data_ptr() : nullptr, stream);
 }
 #endif
 
 template <typename Params, typename Arguments>
 void run(const Call<Params>& call, const Arguments&) {
-  const Device device = call.outputs.front().device();
 #if defined(LMINF_WITH_CUDA)
-  if (device.type() == torch::headeronly::DeviceType::CUDA) {
-    return run_on_cuda(call.params, device);
-  }
+  const Tensor& out = call.outputs.front();
+  if (out.is_cuda()) return run_on_cuda(call.params, out.device());
 #endif
   cpu::run_op(call.params, torch_threads());
 }
@@ -64,9 +63,9 @@ template <typename Params>
 KernelPlan plan(const Call<Params>& call, const std::optional<cuda::DeviceFacts>& described) {
   if (described) return cuda::plan_of(call.params, *described);
 #if defined(LMINF_WITH_CUDA)
-  const Device device = call.outputs.front().device();
-  if (device.type() == torch::headeronly::DeviceType::CUDA) {
-    return cuda::plan_of(call.params, cuda::device_facts(device.index()));
+  const Tensor& out = call.outputs.front();
+  if (out.is_cuda()) {
+    return cuda::plan_of(call.params, cuda::device_facts(out.get_device_index()));
   }
 #endif
   return cpu::plan_of(call.params, torch_threads().count);

@@ -62,15 +62,20 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+inline Strides strides_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {strides[0], strides[1], strides[2]};
+}
+
 // Of a tensor of rank 4, `data` and `strides` in the params.
 inline void read_from(const Tensor& tensor, const void*& data, Strides& strides) {
   data = tensor.const_data_ptr();
-  strides = {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  strides = strides_of(tensor);
 }
 
 inline void write_to(const Tensor& tensor, void*& data, Strides& strides) {
   data = tensor.mutable_data_ptr();
-  strides = {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  strides = strides_of(tensor);
 }
 
 template <typename T>

@@ -30,7 +30,7 @@ class Family:
         uses_rope: of an attention module: whether the layer rotates at all.
         rotary: of a decoder and a layer's index: the rotary module that serves the layer.
         rope: of an attention module: its rotation, where no rotary module tells it.
-        alibi_slopes: of an attention module: its slopes, float32 [Hq], or None.
+        slopes: of an attention module: its ALiBi slopes, float32 [Hq], or None.
         forward: stands for the attention module's forward where that does not ask the
             AttentionInterface.
         query_scale: of an attention module: what its queries are multiplied by at their positions,
@@ -58,7 +58,7 @@ class Family:
     uses_rope: Callable[[Any], bool] = lambda attention: True
     rotary: Callable[[Any, int], Any] = lambda decoder, index: decoder.rotary_emb
     rope: Callable[[Any], Rope] | None = None
-    alibi_slopes: Callable[[Any], Tensor | None] = lambda attention: None
+    slopes: Callable[[Any], Tensor | None] = lambda attention: None
     query_scale: Callable[[Any], Callable[[Tensor], Tensor] | None] = lambda attention: None
     switched_off: tuple[str, ...] = ()
     forward: Callable[..., Any] | None = None

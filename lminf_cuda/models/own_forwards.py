@@ -2,7 +2,7 @@
 
 Each forward here stands for that of an attention module while the model is patched: it projects,
 hands un-rotated queries, keys and values to `attend`, and projects back. `attend` is given by the
-patch: (module, q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], scale, distance_bias=None) ->
+patch: (module, q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], scale, bias=None) ->
 [B, S, Hq * Dv]. It knows the cache by itself, so that none of these forwards takes it from an
 argument, whose name changes from version to version.
 
@@ -173,7 +173,7 @@ def t5_forward(
     )
     if position_bias is None:
         position_bias = _t5_biases(module, module.lminf_layer.max_distance, q.device)
-    out = module.o(attend(module, q, k, v, 1.0, distance_bias=position_bias))
+    out = module.o(attend(module, q, k, v, 1.0, position_bias))
     if "position_bias" not in inspect.signature(type(module).forward).parameters:
         return out, None
     return (out, position_bias, None) if asks_interface(module) else (out, position_bias)

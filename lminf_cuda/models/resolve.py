@@ -158,7 +158,7 @@ def resolve_layers(
         own = _sliding_window(decoder.config, index)
         if own is not None and own < window:
             lengths = (0, own, own)
-        rope, slopes = family.layer_rope(decoder, index), family.alibi_slopes(module)
+        rope, slopes = family.layer_rope(decoder, index), family.slopes(module)
         layers.append(
             LayerSettings(
                 *lengths, rope, slopes, sources[index], query_scale=family.query_scale(module)

@@ -8,14 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/launchers.h"
-#include "../torch/arguments.h"
-#include "../torch/call.h"
+#include "../../cuda/launchers.h"
+#include "../arguments.h"
+#include "../call.h"
 #if defined(LMINF_EMULATION)
-#include "runtime.h"
+#include "../../emulation/runtime.h"
 namespace machine = lminf::emulation;
 #else
-#include "../ptx_interpreter/control.h"
+#include "../../ptx_interpreter/control.h"
 namespace machine = lminf::interpreter;
 #endif
 
