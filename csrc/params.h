@@ -40,6 +40,7 @@ struct ScoreParams {
   // middle_topk.
   const float* distance_bias = nullptr;
   int64_t n_distances = 0;
+  bool has_table() const { return distance_bias != nullptr; }
 };
 
 // torch.ops.lminf.lambda_attn: prefill and any other multi-query forward.

@@ -306,7 +306,7 @@ class LambdaAttnForward {
       for (int64_t h = m.head(r); h < t.heads && r < rows; ++h, ++r) m.lo[r] = lo, m.hi[r] = hi;
       m.all_lo = std::max(m.all_lo, lo), m.all_hi = std::min(m.all_hi, hi);
     }
-    if (p_.score.distance_bias != nullptr) fill_biases(t, m.queries.hi - 1 - tile_first, s);
+    if (p_.score.has_table()) fill_biases(t, m.queries.hi - 1 - tile_first, s);
 
     const int begin = static_cast<int>(seen.lo - tile_first) / kColGrain<E> * kColGrain<E>;
     const int end =
@@ -368,21 +368,20 @@ class LambdaAttnForward {
   RowBias bias(const Meeting& m, int64_t i, int64_t h, int column, const AttnScratch<E>& s) const {
     const bool far = m.frame == KeyFrame::kMaxDistance;
     const int64_t distance = far ? p_.max_distance : i - m.tile_first - column;
-    RowBias bias = {0.0f, static_cast<float>(distance), far ? 0.0f : 1.0f};
-    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[m.t.head_q + h];
-    if (p_.score.distance_bias != nullptr)
+    RowBias bias = {slope_of(p_.score, m.t.head_q + h), static_cast<float>(distance),
+                    far ? 0.0f : 1.0f};
+    if (p_.score.has_table())
       bias.table = s.biases + h * kBiasStride<E> + m.queries.hi - 1 - i + column;
     return bias;
   }
 
   void store(const AttnTask& t, RowBlock b, AttnScratch<E>& s) const {
-    const bool has_sink = p_.score.sink_logits != nullptr;
     int64_t n = t.query + b.row / t.heads, h = b.row % t.heads;
     for (int64_t row = b.row; row < b.row + b.rows; ++row) {
       const int64_t head = t.head_q + h;
       const SoftmaxState state = {s.states.max[row],
                                   vreduce_add(vload(s.states.sum + row * kLanes))};
-      const SoftmaxEnd end = finish(state, has_sink, has_sink ? p_.score.sink_logits[head] : 0.0f);
+      const SoftmaxEnd end = finish(state, p_.score, head);
       store_row(s.states.out + row * dim_padded_, dim_,
                 static_cast<T*>(p_.out) + t.batch * p_.out_stride.batch +
                     head * p_.out_stride.head + n * p_.out_stride.seq,

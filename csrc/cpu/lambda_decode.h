@@ -116,7 +116,7 @@ class LambdaDecodeStep {
              Scratch::bytes<float>(bias_count(step));
     }
     static int bias_count(const LambdaDecodeStep& step) {
-      return step.p_.score.distance_bias != nullptr ? step.group_ * kScoreColumns : 0;
+      return step.p_.score.has_table() ? step.group_ * kScoreColumns : 0;
     }
     static constexpr int kScoreColumns = std::max(Ring::kBlock, kDecodeBlock);
 
@@ -127,7 +127,7 @@ class LambdaDecodeStep {
     typename Ring::Operand* q_ring;  // the same, packed for `ring`
     float* scores;           // [group][kBlock of the product in hand], then their probabilities
     float *k_rows, *v_rows;  // [kDecodeBlock][Dp], for keys that cannot be read where they stand
-    float* biases;  // [group][kBlock of the product in hand], of distance_bias, if there is
+    float* biases;           // [group][kBlock of the product in hand], by distance, if there is
   };
 
   template <typename U>
@@ -312,9 +312,9 @@ class LambdaDecodeStep {
   // Of `columns` keys, the first of them at `distance`; `table` is room for their biases.
   RowBias bias(int64_t head, KeyFrame frame, int64_t distance, int columns, float* table) const {
     const bool far = frame == KeyFrame::kMaxDistance;
-    RowBias bias = {0.0f, static_cast<float>(far ? p_.max_distance : distance), far ? 0.0f : 1.0f};
-    if (p_.score.alibi_slopes != nullptr) bias.slope = p_.score.alibi_slopes[head];
-    if (p_.score.distance_bias != nullptr) {
+    RowBias bias = {slope_of(p_.score, head), static_cast<float>(far ? p_.max_distance : distance),
+                    far ? 0.0f : 1.0f};
+    if (p_.score.has_table()) {
       biases_by_column(p_.score, head, distance, columns, table);
       bias.table = table;
     }
@@ -340,8 +340,7 @@ class LambdaDecodeStep {
         state = m.state;
       }
       const int64_t head = h * group_ + g;
-      const bool has_sink = p_.score.sink_logits != nullptr;
-      const SoftmaxEnd end = finish(state, has_sink, has_sink ? p_.score.sink_logits[head] : 0.0f);
+      const SoftmaxEnd end = finish(state, p_.score, head);
       scale_row(out, dim_padded_, end.out_scale);
       store_row(out, dim_, at(static_cast<T*>(p_.out), p_.out_stride, b, head, 0));
       p_.lse[b * p_.heads_q + head] = end.lse;

@@ -2,7 +2,7 @@
 // and the window, each head's top_k with the largest score at distance m join the softmax there.
 // Included inside namespace lminf::cpu::LMINF_ISA.
 //
-//   s_j = scale * <R(m) q, k_j> - slope * m + bias[m], then softcap,   j in [n_global, i - window]
+//   s_j = scale * <R(m) q, k_j> - slope * m + bias[m], then capped,   j in [n_global, i - window]
 //   out = (2^lse_Λ out_Λ + sum over the chosen j of 2^s_j v_j) / (2^lse_Λ + sum of 2^s_j)
 //
 // All keys stand at one distance, so the query is rotated once and the keys not at all. They stream
@@ -155,7 +155,8 @@ class MiddleTopk {
       for (int g = 0; g < group_; ++g) {
         const float* scores = s.scores + g * kDecodeBlock;
         const TopList top = list(all, item, g);
-        if (bias(h * group_ + g) == minus_infinity()) continue;  // it hides all of them
+        if (bias_at(p_.score, h * group_ + g, p_.distance) == minus_infinity())
+          continue;  // it hides all of them
         if (!(row_max(scores, 0, n) > top.score[p_.top_k - 1])) continue;
         for (int c = 0; c < n; ++c) top.offer(scores[c], j + c, p_.top_k);
       }
@@ -167,20 +168,8 @@ class MiddleTopk {
     DecodeProduct<K>{}.scores(s.q, group_, dim_padded_, {k, stride, n, nullptr}, s.scores);
   }
 
-  // What distance_bias adds at distance m.
-  float bias(int64_t head) const {
-    if (p_.score.distance_bias == nullptr) return 0.0f;
-    return p_.score.distance_bias[head * p_.score.n_distances + p_.distance];
-  }
-
-  // From <R(m) q, k> times the scale to a score in units of log2.
   float finished(float product, int64_t head) const {
-    if (p_.score.alibi_slopes != nullptr)
-      product -= p_.score.alibi_slopes[head] * static_cast<float>(p_.distance);
-    product += bias(head);
-    const float cap = p_.score.softcap;
-    if (cap > 0.0f) product = cap * std::tanh(product / cap);
-    return product * kLog2e;
+    return whole_score(p_.score, product, head, p_.distance);
   }
 
   // Merges the splits' lists, and their softmax with that of the Λ result.
@@ -214,8 +203,7 @@ class MiddleTopk {
     }
     // The sink's logit is in the denominator of `lambda_out`, and stays in that of `out`.
     const float lambda = lambda_lse * kLog2e;
-    const float sink =
-        p_.score.sink_logits == nullptr ? minus_infinity() : p_.score.sink_logits[head] * kLog2e;
+    const float sink = sink_of(p_.score, head) * kLog2e;
     // Softcap keeps the order of the products, so the first score is the largest.
     const float visible_max = std::max(finished(top.score[0], head), lambda);
     const float max = std::max(visible_max, sink);

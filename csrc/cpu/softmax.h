@@ -17,6 +17,32 @@ struct RowStates {
   float* out;  // [rows][Dp], not yet normalised
 };
 
+// A head's learned logit, -inf where there is none; its slope, 0 where there is none.
+inline float sink_of(const ScoreParams& score, int64_t head) {
+  return score.sink_logits == nullptr ? minus_infinity() : score.sink_logits[head];
+}
+inline float slope_of(const ScoreParams& score, int64_t head) {
+  return score.alibi_slopes == nullptr ? 0.0f : score.alibi_slopes[head];
+}
+
+inline SoftmaxEnd finish(SoftmaxState state, const ScoreParams& score, int64_t head) {
+  return lminf::finish(state, score.sink_logits != nullptr, sink_of(score, head));
+}
+
+// What a table adds at one distance.
+inline float bias_at(const ScoreParams& score, int64_t head, int64_t distance) {
+  return score.has_table() ? score.distance_bias[head * score.n_distances + distance] : 0.0f;
+}
+
+// From a product, times the scale, at one distance to a score in units of log2.
+inline float whole_score(const ScoreParams& score, float product, int64_t head, int64_t distance) {
+  if (score.alibi_slopes != nullptr)
+    product -= slope_of(score, head) * static_cast<float>(distance);
+  product += bias_at(score, head, distance);
+  if (score.softcap > 0.0f) product = score.softcap * std::tanh(product / score.softcap);
+  return product * kLog2e;
+}
+
 // What stands beside the product in a score.
 enum class Added { kNothing, kSlope, kTable };  // kTable: a slope, too, if there is one
 

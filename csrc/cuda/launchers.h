@@ -30,7 +30,7 @@ DeviceFacts device_facts(int device);
 // Which kernel runs.
 enum class AttnKernel : int32_t {
   kSm90,   // wgmma and TMA, on compute capability 9.0: prefill of what kSm80 covers in
-           // tensors that TMA covers, without cu_seqlens and distance_bias, and without
+           // tensors that TMA covers, without cu_seqlens and biases by distance, and without
            // global_k where the window is below 16
   kSm80,   // mma.sync: bf16 and fp16, D a multiple of 8 up to 256, rows aligned to 16 bytes
   kPlain,  // float32 arithmetic on ordinary cores: everything else with D up to 2048

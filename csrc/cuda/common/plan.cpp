@@ -34,7 +34,7 @@ bool fits_tma(const void* data, const Strides& s, int64_t batch, int64_t heads, 
 // as long as a tile no slot that holds nothing yet stands beside one that a query sees.
 bool hopper_covers(const LambdaAttnParams& p) {
   const bool raw_keys = p.rope.rotary_dim == 0;
-  return p.cu_seqlens == nullptr && p.score.distance_bias == nullptr &&
+  return p.cu_seqlens == nullptr && !p.score.has_table() &&
          (!own_globals(p) || p.window >= kGlobalN) && p.head_dim <= kSm90MaxHeadDim &&
          fits_tma(p.q, p.q_stride, p.batch, p.heads_q, p.seqlen_q) &&
          fits_tma(p.out, p.out_stride, p.batch, p.heads_q, p.seqlen_q) &&

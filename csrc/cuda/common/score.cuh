@@ -57,7 +57,12 @@ struct Scoring {
   // elements in registers.
   template <bool kExact, bool kCalls = kExact>
   LMINF_DEVICE float score(float product, float slope, float distance, float bias) const {
-    float s = product * scale;
+    return after_scale<kExact, kCalls>(product * scale, slope, distance, bias);
+  }
+
+  // The same of a product that has its scale.
+  template <bool kExact, bool kCalls = kExact>
+  LMINF_DEVICE float after_scale(float s, float slope, float distance, float bias) const {
     if (alibi) s -= slope * distance;
     if (biased) s += bias;
     if (softcap != 0.0f) {
@@ -71,8 +76,7 @@ struct Scoring {
 // The entry of distance_bias for one head at distance corner + offset, clamped to the table at both
 // ends: a key ahead of its query is masked later. 0 without a table. |offset| stays below a tile's
 // size; a table has at most 2^30 distances, so that indices are ints.
-LMINF_DEVICE float distance_bias_at(const ScoreParams& p, int64_t head, int64_t corner,
-                                    int offset) {
+LMINF_DEVICE float bias_at(const ScoreParams& p, int64_t head, int64_t corner, int offset) {
   if (p.distance_bias == nullptr) return 0.0f;
   const int last = static_cast<int>(p.n_distances - 1);
   const int distance = static_cast<int>(min64(corner, (1 << 30) + (1 << 20))) + offset;
@@ -83,6 +87,20 @@ LMINF_DEVICE float distance_bias_at(const ScoreParams& p, int64_t head, int64_t 
 LMINF_DEVICE float alibi_slope(const ScoreParams& p, int64_t head) {
   return p.alibi_slopes != nullptr ? load_global(p.alibi_slopes + head) : 0.0f;
 }
+
+// A head's learned logit in the denominator, -inf where there is none.
+struct Sink {
+  bool there;
+  float logit;
+
+  LMINF_DEVICE Sink(const ScoreParams& p, int64_t head)
+      : there(p.sink_logits != nullptr),
+        logit(there ? load_global(p.sink_logits + head) : minus_infinity()) {}
+
+  LMINF_DEVICE SoftmaxEnd finish(SoftmaxState state) const {
+    return lminf::finish(state, there, logit);
+  }
+};
 
 // core's clamped_distance from row to column of a tile whose corner is at distance `corner`, in
 // float32: as right as a product with a slope can be, and a register where an int64_t takes two.

@@ -12,6 +12,7 @@
 #include "../common/device.cuh"
 #include "../common/plan.h"
 #include "../common/rotary.cuh"
+#include "../common/score.cuh"
 #include "../ptx/sm80.cuh"
 
 namespace lminf::cuda {
@@ -137,9 +138,7 @@ LMINF_DEVICE void store_decoded(const DecodeLaunch& l, const DecodeBlock& d, int
     if (dim == 0) store_global(l.partial_state + row * l.splits + d.split, state);
     return;
   }
-  const bool has_sink = p.score.sink_logits != nullptr;
-  const SoftmaxEnd end =
-      finish(state, has_sink, has_sink ? load_global(p.score.sink_logits + head) : 0.0f);
+  const SoftmaxEnd end = Sink(p.score, head).finish(state);
   T* out_row = static_cast<T*>(p.out) + d.batch * p.out_stride.batch + head * p.out_stride.head;
   store_global(out_row + dim, from_float<T>(out * end.out_scale));
   if (dim == 0) store_global(p.lse + row, end.lse);

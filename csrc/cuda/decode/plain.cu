@@ -179,8 +179,7 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
       const int row = warp * kWarpRows + r + half;
       const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
       const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
-      const float bias =
-          row < heads ? distance_bias_at(p.score, first_head + row, distance, 0) : 0.0f;
+      const float bias = row < heads ? bias_at(p.score, first_head + row, distance, 0) : 0.0f;
       float s = minus_infinity();
       if (column < tile.keys) {
         s = scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()

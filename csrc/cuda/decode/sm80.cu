@@ -54,7 +54,7 @@ struct DecodeRows {
         product, slopes[r],
         clamped_distance_in_tile(static_cast<float>(distance), 0, column,
                                  static_cast<float>(max_distance)),
-        distance_bias_at(params, heads[r], distance, -column));
+        bias_at(params, heads[r], distance, -column));
   }
   LMINF_DEVICE ColumnRange columns(int) const { return {0, keys}; }
 };

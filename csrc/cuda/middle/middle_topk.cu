@@ -1,7 +1,7 @@
 // Middle tokens: of the keys between the global tokens and the window, each head's top_k with the
 // largest score at distance m join the softmax there.
 //
-//   s_j = scale * <R(m) q, k_j> - slope * m + bias[m], then softcap,   j in [n_global, i - window]
+//   s_j = scale * <R(m) q, k_j> - slope * m + bias[m], then capped,   j in [n_global, i - window]
 //   out = (2^lse_Λ out_Λ + sum over the chosen j of 2^s_j v_j) / (2^lse_Λ + sum of 2^s_j)
 //
 // Schedule: all keys stand at one distance, so the query is rotated once and the keys not at all.
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 4) middle_select_kernel(const Middle
   if (all.empty()) return;
   // A bias of -inf hides all of a head's keys.
   const bool looks =
-      keeps_list && distance_bias_at(p.score, first_head + warp, p.distance, 0) != minus_infinity();
+      keeps_list && bias_at(p.score, first_head + warp, p.distance, 0) != minus_infinity();
   const int64_t count = all.hi - all.lo, first = first_position(p, b);
   const Range keys = {all.lo + count * split / l.splits, all.lo + count * (split + 1) / l.splits};
 
@@ -226,15 +226,6 @@ __global__ void __launch_bounds__(kThreads, 4) middle_select_kernel(const Middle
   }
 }
 
-// From scale * <R(m) q, k> to a score in units of log2.
-LMINF_DEVICE float finished(const MiddleTopkParams& p, float product, float slope, float bias) {
-  if (p.score.alibi_slopes != nullptr) product -= slope * static_cast<float>(p.distance);
-  product += bias;
-  const float cap = p.score.softcap;
-  if (cap > 0.0f) product = cap * tanhf(product / cap);
-  return product * kLog2e;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaunch l) {
   const MiddleTopkParams& p = l.p;
@@ -272,13 +263,16 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
   }
   // The sink's logit is in the denominator of `lambda_out`, and stays in that of `out`.
   const float lambda = lambda_lse * kLog2e;
-  const float sink = p.score.sink_logits == nullptr
-                         ? minus_infinity()
-                         : load_global(p.score.sink_logits + head) * kLog2e;
+  const float sink = Sink(p.score, head).logit * kLog2e;
   const float slope = alibi_slope(p.score, head);
-  const float bias = distance_bias_at(p.score, head, p.distance, 0);
-  // Softcap keeps the order of the products, so the first score is the largest.
-  const float visible_max = fmaxf(finished(p, load_global(top.score), slope, bias), lambda);
+  const float bias = bias_at(p.score, head, p.distance, 0);
+  const Scoring scoring(p.score);
+  const auto finished = [&](const float* product) {
+    return scoring.after_scale<true>(load_global(product), slope, static_cast<float>(p.distance),
+                                     bias);
+  };
+  // A cap keeps the order of the products, so the first score is the largest.
+  const float visible_max = fmaxf(finished(top.score), lambda);
   const float max = fmaxf(visible_max, sink);
   const float seen = exp2f(lambda - max), sunk = exp2f(sink - max);
   const int64_t first = first_position(p, b);
@@ -290,7 +284,7 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
     for (int64_t n = 0; n < p.top_k; ++n) {
       const int64_t j = load_global(top.position + n);
       if (j < 0) break;
-      const float score = finished(p, load_global(top.score + n), slope, bias);
+      const float score = finished(top.score + n);
       const float weight = exp2f(score - max);
       sum += weight;
       visible += exp2f(score - visible_max);

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
                        : scoring.score<true>(
                              product[r], slope,
                              static_cast<float>(clamped_distance(i - j, p.max_distance)),
-                             distance_bias_at(p.score, tile.head, i - j, 0)))
+                             bias_at(p.score, tile.head, i - j, 0)))
                 : minus_infinity();
         const float new_max = fmaxf(max[r], warp_max(s));
         const float base = new_max == minus_infinity() ? 0.0f : new_max;
@@ -155,15 +155,14 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
   }
 
   // --- Normalise and store ---
-  const bool has_sink = p.score.sink_logits != nullptr;
-  const float sink = has_sink ? load_global(p.score.sink_logits + tile.head) : 0.0f;
+  const Sink sink(p.score, tile.head);
   T* out_rows = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
                 tile.head * p.out_stride.head + tile.first_row * p.out_stride.seq;
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const int row = warp_row + r;
     if (row >= tile.rows) break;
-    const SoftmaxEnd end = finish({max[r], sum[r]}, has_sink, sink);
+    const SoftmaxEnd end = sink.finish({max[r], sum[r]});
     if (lane == 0) {
       store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
                    end.lse);

@@ -15,7 +15,7 @@ struct BlockPlan {
 };
 
 // The rows of a tile of queries against a tile of keys. kBias: whether there may be a
-// distance_bias, whose look-ups cost registers.
+// table of biases, whose look-ups cost registers.
 template <bool kBias>
 struct QueryRows {
   const ScoreParams& params;
@@ -33,7 +33,7 @@ struct QueryRows {
     return scoring().template score<false, kBias>(
         product, slope,
         clamped_distance_in_tile(corner, row, column, static_cast<float>(max_distance)),
-        kBias ? distance_bias_at(params, head, first_query - key_position, row - column) : 0.0f);
+        kBias ? bias_at(params, head, first_query - key_position, row - column) : 0.0f);
   }
   LMINF_DEVICE ColumnRange columns(int row) const {
     return visible_columns(branch, first_query + row, key_position, keys);

@@ -184,12 +184,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   // --- Normalise; out through the warp's own rows of Q's tile, lse directly ---
   const QueryTile tile = block[0].tile;
-  const bool has_sink = p.score.sink_logits != nullptr;
-  const float sink = has_sink ? load_global(p.score.sink_logits + tile.head) : 0.0f;
+  const Sink sink(p.score, tile.head);
   __syncwarp();  // the last reads of Q
 #pragma unroll
   for (int r = 0; r < State::kRows; ++r) {
-    const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
+    const SoftmaxEnd end = sink.finish(state.row(r));
     const int row = warp_row + State::row_index(r, lane);
     if (lane % 4 == 0 && row < tile.rows) {
       store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,

@@ -559,13 +559,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       }
 
       // --- Normalise; out takes Q's place and is stored from there, lse directly ---
-      const bool has_sink = p.score.sink_logits != nullptr;
-      const float sink = has_sink ? load_global(p.score.sink_logits + block.tile.head) : 0.0f;
+      const Sink sink(p.score, block.tile.head);
       const int own_lane = recomputed(lane);
       sync_group();  // all four warps' products with these rows are done
 #pragma unroll
       for (int r = 0; r < RowStates::kRows; ++r) {
-        const SoftmaxEnd end = finish(state.row(r), has_sink, sink);
+        const SoftmaxEnd end = sink.finish(state.row(r));
         const int row = recomputed(warp_row) + RowStates::row_index(r, own_lane);
         if (own_lane % 4 == 0 && row < block.tile.rows) {
           store_global(p.lse + (block.tile.batch * p.heads_q + block.tile.head) * p.seqlen_q +
