@@ -153,6 +153,19 @@ def test_a_build_takes_less_time_with_more_cores_down_to_its_longest_file(setup,
     assert setup.duration(6) == "about 5 min with MAX_JOBS=64"
 
 
+def test_the_machines_of_the_tests_are_not_in_the_package(setup, toolkit, monkeypatch, capsys):
+    """Nor what binds the ops to them (csrc/torch/testing)."""
+    for name in ("LMINF_SKIP_CUDA_BUILD", "LMINF_FORCE_CUDA_BUILD"):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.chdir(ROOT)
+        sources = [Path(source) for source in setup.extension().sources]
+        folders = {str(source.parent) for source in sources if source.suffix == ".cpp"}
+        assert (
+            {"csrc/cpu", "csrc/torch"} <= folders <= {"csrc/cpu", "csrc/torch", "csrc/cuda/common"}
+        )
+        monkeypatch.setenv(name, "")
+
+
 def test_all_that_make_installs_is_pinned():
     """Each requirement of pyproject.toml to one version that satisfies it, on every Python."""
     pyproject = (ROOT / "pyproject.toml").read_text()

@@ -59,7 +59,7 @@ void check_landed(const void* registers, size_t bytes);
 void store_matrices(uint32_t row_address, const uint32_t (&r)[4], bool transposed);
 bool elect_one(Site site);
 
-// What runtime.cpp asks of the copy engine and the tensor cores.
+// What launch.cpp asks of the copy engine and the tensor cores.
 namespace engines {
 
 void start_block();

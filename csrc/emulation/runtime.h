@@ -122,7 +122,7 @@ void announce_shared_write(void* address, size_t bytes);
 // A point where a seeded schedule may run another thread first.
 void maybe_yield();
 
-// --- What instructions are made of that have more state than one collective (ptx_sm90.cpp) ---
+// --- What instructions are made of that have more state than one collective ---
 
 unsigned thread_number();  // in the block, from 0
 unsigned block_threads();
