@@ -154,7 +154,7 @@ def test_the_kernel_for_hopper_runs_where_it_is_built_and_covers():
     low, full = qkv(8, 8, dtype=torch.bfloat16), qkv(8, 8)
     assert kernel(*low) == "sm90"
     assert kernel(*low, has_sm90a=False) == "sm80"
-    assert kernel(*low, score={"distance_bias": torch.zeros(2, 4)}) == "sm80"
+    assert kernel(*low, score={"distance_bias": torch.zeros(2, 5)}) == "sm80"
     assert kernel(*full) == "plain"
     assert emulated.kernel(*low, 2, 4) == "sm80"
 
