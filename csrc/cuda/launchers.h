@@ -1,7 +1,7 @@
 // The CUDA kernels' front: for each op's params a plan and a launcher, which its own folder
-// specializes (the plans of the attention ops: common/plan.cpp). Plain C++: no CUDA header is needed
-// to call them, nor torch. A launcher throws std::invalid_argument for parameters no kernel covers and
-// std::runtime_error for a launch the runtime refuses; it never synchronises.
+// specializes (the plans of the attention ops: common/plan.cpp). Plain C++: no CUDA header is
+// needed to call them, nor torch. A launcher throws std::invalid_argument for parameters no kernel
+// covers and std::runtime_error for a launch the runtime refuses; it never synchronises.
 #pragma once
 
 #include <cstdint>
