@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from benchmarks.isa import LIMITS, hold_to
 from benchmarks.model import model_speeds
 from benchmarks.variations import BASE, contender, variation_speeds
 from lminf_cuda import ops
-from lminf_cuda.evaluation.machine import interleaved_medians, machine
+from lminf_cuda.evaluation.machine import file_name, interleaved_medians, machine
 from lminf_cuda.evaluation.speed import FLEX, OURS, SDPA_CAUSAL, Shape, attention_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -234,9 +233,8 @@ def main() -> None:
     console.print(json.dumps(facts), highlight=False, soft_wrap=True)
     console.print(table)
 
-    processor = re.sub(r"[^a-z0-9]+", "-", str(facts["cpu"]).lower()).strip("-")
     limits = f"_{args.isa}" if args.isa else ""
-    name = args.name or f"cpu_{processor}_{facts['cores']}c{limits}"
+    name = args.name or f"cpu_{file_name(facts)}{limits}"
     figures["bars"] = [{**asdict(bar), "met": bar.met} for bar in bars]
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(figures, indent=2) + "\n")

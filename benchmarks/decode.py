@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.memory import copy_rate, medians, report
+from benchmarks.memory import copy_rate, medians, parser, report
 from lminf_cuda import ops  # noqa: F401  (registers torch.ops.lminf)
 
 OURS, SDPA, STREAM = "lambda_decode", "sdpa, sliced cache", "streaming sum"
@@ -57,18 +57,9 @@ def contenders(
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line, or `words` instead; the default is a layer of an 8B model."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--window", type=int, default=4096)
-    parser.add_argument("--n-global", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--name", help="of the result files; default: processor and shape")
-    return parser.parse_args(words)
+    made = parser(__doc__, heads=32, kv_heads=8, head_dim=128, window=4096, n_global=16, rounds=30)
+    made.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    return made.parse_args(words)
 
 
 def decode_rows(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import argparse
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lminf_cuda.evaluation.machine import interleaved_medians, machine
+from lminf_cuda.evaluation.machine import file_name, interleaved_medians, machine
+from lminf_cuda.evaluation.records import write_records
 
 RESULTS = Path(__file__).parent / "results"
 COPY_BYTES = 1 << 30
 REPEATS = 100  # of a call inside one CUDA graph, so that launches cost what they cost in a model
+
+
+def parser(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """With --device, --dtype and --name, and an option for each of `numbers`, its default."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    made.add_argument("--name", help="of the result files; default: processor and shape")
+    for name, default in numbers.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    return made
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None]:
@@ -69,12 +80,6 @@ def report(
     console = Console()
     console.print(json.dumps(facts), highlight=False, soft_wrap=True)
     console.print(table)
-    processor = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
-    stem = arguments["name"] or f"{op}_{processor}_{facts['cores']}c_{name}"
+    stem = arguments["name"] or f"{op}_{file_name(facts)}_{name}"
     everything = {"machine": facts, "arguments": arguments, "rows": rows}
-    (RESULTS / f"{stem}.json").write_text(json.dumps(everything, indent=2) + "\n")
-    with (RESULTS / f"{stem}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(RESULTS / f"{stem}.json")
+    print(write_records(RESULTS, stem, rows, everything)[0])

@@ -9,31 +9,19 @@ a CUDA graph.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 
-from benchmarks.memory import medians, report
+from benchmarks.memory import medians, parser, report
 from lminf_cuda import ops  # noqa: F401  (registers torch.ops.lminf)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; the default is the query heads of an 8B model's layer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 32768])
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--name", help="of the result files; default: processor and shape")
-    return parser.parse_args()
-
-
 def main() -> None:
-    """Time every length, print the table, write the results."""
-    args = parse_arguments()
+    """Time every length (by default of an 8B model's query heads), print the table, write it."""
+    made = parser(__doc__, heads=32, head_dim=128, rounds=9)
+    made.add_argument("--lengths", type=int, nargs="+", default=[1024, 32768])
+    args = made.parse_args()
     device = torch.device(args.device)
     inv_freq = 10_000.0 ** (-torch.arange(0, args.head_dim, 2, device=device) / args.head_dim)
     rows: list[dict[str, Any]] = []

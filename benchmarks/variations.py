@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.isa import LIMITS, hold_to
-from lminf_cuda.evaluation.machine import interleaved_medians, machine
+from lminf_cuda.evaluation.machine import file_name, interleaved_medians, machine
 from lminf_cuda.evaluation.speed import visible_pairs
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,8 +97,7 @@ def main() -> None:
     console = Console()
     console.print(json.dumps(facts), highlight=False, soft_wrap=True)
     console.print(table)
-    processor = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
-    path = RESULTS / f"variations_{processor}_{facts['cores']}c.json"
+    path = RESULTS / f"variations_{file_name(facts)}.json"
     path.write_text(json.dumps({"machine": facts, "base": BASE, "gflops": speeds}, indent=2) + "\n")
     print(path)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,7 @@ __all__ = ["clamped_rope", "lambda_attention", "lambda_decode", "middle_topk"]
 
 
 def _rotate(
-    x: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    scaling: float,
-    interleaved: bool,
+    x: Tensor, positions: Tensor, inv_freq: Tensor, scaling: float, interleaved: bool
 ) -> Tensor:
     """R(position) x for every row of x, times `scaling`; dims past R pass through.
 
@@ -60,13 +57,13 @@ class _Score:
     softcap; -inf where bias[d'] is."""
 
     max_distance: int  # L
-    inv_freq: Tensor | None
-    rope_scaling: float
-    rope_interleaved: bool
-    alibi_slopes: Tensor | None
-    distance_bias: Tensor | None
-    scale: float
-    softcap: float
+    inv_freq: Tensor | None = None
+    rope_scaling: float = 1.0
+    rope_interleaved: bool = False
+    alibi_slopes: Tensor | None = None
+    distance_bias: Tensor | None = None
+    scale: float | None = None
+    softcap: float = 0.0
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.inv_freq is None:
@@ -96,7 +93,7 @@ class _Score:
             q_at_limit = self.rotate(q, torch.full_like(q_pos, self.max_distance))
             k_at_zero = self.rotate(k, torch.zeros_like(k_pos))
             s = torch.where(distance < self.max_distance, s, q_at_limit @ k_at_zero.mT)
-        s = s * self.scale
+        s = s * (1.0 / math.sqrt(q.shape[3]) if self.scale is None else self.scale)
         clamped = distance.clamp(max=self.max_distance)
         if self.alibi_slopes is not None:
             s = s - (self.alibi_slopes.double()[:, None, None] * clamped).to(s.dtype)
@@ -199,7 +196,7 @@ def lambda_attention(
         rope_interleaved=rope_interleaved,
         alibi_slopes=alibi_slopes,
         distance_bias=distance_bias,
-        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
+        scale=scale,
         softcap=softcap,
     )
     index = torch.arange(seqlen_k, device=q.device).expand(batch, -1)  # [B, Sk]
@@ -266,14 +263,8 @@ def lambda_decode(
     window: int,
     *,
     max_distance: int | None = None,
-    inv_freq: Tensor | None = None,
-    rope_scaling: float = 1.0,
-    rope_interleaved: bool = False,
-    alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    distance_bias: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Appends one token of each row to a cache of fixed size, in place, and attends from it.
 
@@ -290,22 +281,15 @@ def lambda_decode(
         global_v: [B, Hkv, G, D]; written.
         positions: int64 [B], the new token's position; a row with a negative one is idle: nothing
             is written, out is 0 and lse -inf.
-        window: as in lambda_attention, and so for the options that are not named here.
+        window: as in lambda_attention, and so max_distance and sink_logits.
+        options: of a score, as in lambda_attention: inv_freq, rope_scaling, rope_interleaved,
+            alibi_slopes, distance_bias, scale, softcap.
 
     Returns:
         out [B, Hq, 1, D] in q's dtype and lse [B, Hq, 1], as in lambda_attention.
     """
     capacity, n_global = ring_k.shape[2], global_k.shape[2]
-    score = _Score(
-        max_distance=window if max_distance is None else max_distance,
-        inv_freq=inv_freq,
-        rope_scaling=rope_scaling,
-        rope_interleaved=rope_interleaved,
-        alibi_slopes=alibi_slopes,
-        distance_bias=distance_bias,
-        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
-        softcap=softcap,
-    )
+    score = _Score(window if max_distance is None else max_distance, **options)
     p = positions[:, None]  # [B, 1]
 
     k_at_p = score.rotate(k, p)
@@ -340,15 +324,9 @@ def middle_topk(
     top_k: int,
     distance: int,
     *,
-    inv_freq: Tensor | None = None,
-    rope_scaling: float = 1.0,
-    rope_interleaved: bool = False,
-    alibi_slopes: Tensor | None = None,
     sink_logits: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
     k_start: Tensor | None = None,
-    distance_bias: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds middle tokens to the Λ attention of one query of each row (arXiv 2308.16137, sec. 4.2).
 
@@ -363,29 +341,21 @@ def middle_topk(
         lambda_out: [B, Hq, 1, D], what lambda_attention gives for the query.
         lambda_lse: [B, Hq, 1], its lse.
         positions: int64 [B], the query's position; a row with a negative one stays as it is.
-        n_global: as in lambda_attention, and so for the options that are not named here.
+        n_global: as in lambda_attention.
         window: as n_global.
         top_k: keys that join; at least 1.
         distance: at which they are met; at least 0.
         sink_logits: [Hq], the term that `lambda_out` has in its denominator already.
         k_start: int64 [B], position of each row's first key; 0 by default.
-        distance_bias: [Hq, more than `distance`], of which entry `distance` is added to the score.
+        options: of a score, as in lambda_decode; of distance_bias [Hq, more than `distance`] entry
+            `distance` is added.
 
     Returns:
         out [B, Hq, 1, D] and lse [B, Hq, 1], as in lambda_attention, and the positions that joined,
         int64 [B, Hq, top_k], the largest score first and -1 for none.
     """
     batch, heads, seqlen_k = q.shape[0], q.shape[1], k.shape[2]
-    score = _Score(
-        max_distance=distance,
-        inv_freq=inv_freq,
-        rope_scaling=rope_scaling,
-        rope_interleaved=rope_interleaved,
-        alibi_slopes=alibi_slopes,
-        distance_bias=distance_bias,
-        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else scale,
-        softcap=softcap,
-    )
+    score = _Score(distance, **options)
     # The query at position `distance` meets every key at position 0.
     q_pos = positions.new_full((batch, 1), distance)
     s = score(q, k, q_pos, positions.new_zeros((batch, seqlen_k)))[:, :, 0]  # [B, Hq, Sk]

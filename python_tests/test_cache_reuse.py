@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_sweep import tiny
 from tiny_models import one_thread, tiny_model, tokens
+from tiny_types import tiny
 from transformers import CONFIG_MAPPING
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model

@@ -19,6 +19,7 @@ from transformers.models.mpt import modeling_mpt
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.models import compat
 from lminf_cuda.models.compat import cache_argument, cache_keyword, move_cache
+from lminf_cuda.models.description import attention_modules
 from lminf_cuda.models.families import find_decoder
 from lminf_cuda.models.forward_state import running
 
@@ -85,7 +86,7 @@ MODULE_ATTRIBUTES = {
 def test_attributes_of_attention_modules(name: str) -> None:
     model = tiny_model(name)
     decoder, family = find_decoder(model)
-    module = family.attention_modules(decoder)[0]
+    module = attention_modules(decoder, family)[0]
     missing = [
         word for word in (*MODULE_ATTRIBUTES[name], "layer_idx") if not hasattr(module, word)
     ]

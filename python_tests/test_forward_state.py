@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.models.compat import cache_keyword
+from lminf_cuda.models.description import attention_modules
 from lminf_cuda.models.families import find_decoder
 from lminf_cuda.models.forward_state import running
 
@@ -60,7 +61,7 @@ def test_two_threads_share_a_model(name: str, use_cache: bool) -> None:
     def meet(*_: Any) -> None:
         meeting.wait()
 
-    for module in family.attention_modules(decoder):
+    for module in attention_modules(decoder, family):
         module.register_forward_pre_hook(meet)
     got = in_threads([lambda ids=ids: logits(ids) for ids in texts])
     for one, other in zip(got, expected, strict=True):
@@ -121,7 +122,7 @@ def test_a_forward_that_breaks_leaves_nothing_behind(name: str) -> None:
     model, ids = patched(name), tokens(1, 20)
     expected = read(model, ids)
     decoder, family = find_decoder(model)
-    last = family.attention_modules(decoder)[-1]
+    last = attention_modules(decoder, family)[-1]
 
     def interrupt(*_: Any) -> None:
         raise KeyError("interrupted")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_sweep import in_pieces, tiny
 from tiny_models import one_thread, tokens
+from tiny_types import in_pieces, tiny
 from torch import Tensor
 
 from lminf_cuda import LambdaCache, patch_model

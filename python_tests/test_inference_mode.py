@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from family_sweep import tiny
 from test_encoder_decoder import tiny_t5
 from test_multimodal import mllama
 from tiny_models import one_thread, tiny_model, tokens
+from tiny_types import tiny
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 

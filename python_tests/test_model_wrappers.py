@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_sweep import tiny
 from tiny_models import MODELS, one_thread, tiny_model, tokens
+from tiny_types import tiny
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.models.compat import recurrent_layers_are_known

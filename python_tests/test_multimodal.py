@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_sweep import all_wrappers, tiny_wrapper_config
+from family_sweep import all_wrappers
 from tiny_models import one_thread, randomize, tokens
+from tiny_types import tiny_wrapper_config
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache
 

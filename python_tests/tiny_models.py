@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lminf_cuda import reference
+from lminf_cuda.models.description import describe
 from lminf_cuda.models.families import find_decoder
 from lminf_cuda.models.rope import is_rotary
 
@@ -314,6 +315,7 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
     """
     model = copy.deepcopy(model)
     decoder, family = find_decoder(model)
+    description = describe(decoder, family)
     dense = _Dense(layers)
     AttentionInterface.register("definition", dense)  # type: ignore[arg-type]
     AttentionMaskInterface.register("definition", lambda *_, **__: torch.ones(1, 1, 1, 1))
@@ -329,7 +331,8 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
         return torch.stack([index, 0 * index, 0 * index + limit])
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        rope = family.layer_rope(decoder, module.layer_idx)
+        layer = description.layers[module.layer_idx]
+        rope = layer.rope
         if rope is not None:
             q, k = (
                 reference.clamped_rope(
@@ -341,12 +344,12 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
                 )
                 for x in (q.double(), k.double())
             )
-        slopes = family.slopes(module)
-        return dense(module, q, k, v, scaling=scale, slopes=slopes)[0].flatten(2)
+        return dense(module, q, k, v, scaling=scale, slopes=layer.slopes)[0].flatten(2)
 
     if family.forward is not None:
-        for module in family.attention_modules(decoder):
-            module.forward = MethodType(partial(family.forward, attend), module)
+        for layer in description.attention:
+            forward = partial(family.forward, attend)
+            layer.attention.forward = MethodType(forward, layer.attention)
 
     def logits(ids: Tensor) -> Tensor:
         positions = positions_of(ids.shape[1])

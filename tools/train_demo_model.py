@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import re
 import subprocess
 import time
@@ -24,6 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lminf_cuda.evaluation.machine import machine
 
 TRAIN_LENGTH = 256  # tokens (bytes) the model sees at once while it trains
 HELD_OUT_BYTES = 240_000
@@ -110,13 +111,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * (0.05 + 0.95 * cosine)
 
 
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def write_card(out: Path, facts: dict[str, object]) -> None:
     """Writes the facts beside the model, for people (README.md) and for programs."""
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -187,7 +181,7 @@ def main() -> None:
             "peak_learning_rate": args.lr,
             "held_out_nats_per_byte": round(held_out_loss(model, held_out, args.batch_size), 4),
             "minutes": round((time.time() - began) / 60, 1),
-            "machine": f"{cpu_name()}, {torch.get_num_threads()} threads",
+            "machine": f"{machine(torch.device('cpu'))['cpu']}, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
         },
     )

@@ -7,16 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from lminf_cuda.cli.options import (
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    NGlobalOption,
-    blamed,
-    check_device,
-    pick_dtype,
-)
+from lminf_cuda.cli import options
 from lminf_cuda.evaluation import speed
 from lminf_cuda.evaluation.machine import machine
 from lminf_cuda.evaluation.tables import print_bench
@@ -29,16 +20,16 @@ def bench(
     length: Annotated[int, typer.Option(min=1, help="Queries, and as many keys.")] = 8192,
     head_dim: Annotated[int, typer.Option(min=2)] = 128,
     window: Annotated[int, typer.Option(min=1)] = 1024,
-    n_global: NGlobalOption = 16,
-    dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = Device.cpu,
+    n_global: options.NGlobalOption = 16,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.DeviceOption = options.Device.cpu,
     peers: Annotated[
         str, typer.Option(help=f"Comma-separated, among {', '.join(speed.PEERS)}.")
     ] = ",".join(speed.PEERS),
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are shown.")] = 5,
 ) -> None:
     """Time the attention kernel beside FlexAttention, SDPA and a matrix product, in one run."""
-    check_device(device)
+    options.check_device(device)
     kv_heads = kv_heads or heads
     if heads % kv_heads:
         raise typer.BadParameter(
@@ -48,9 +39,9 @@ def bench(
         raise typer.BadParameter(f"must be even, got {head_dim}", param_hint="--head-dim")
     shape = speed.Shape(batch, heads, kv_heads, length, head_dim, window, n_global)
     torch_device = torch.device(device.value)
-    with blamed("--peers"):
+    with options.blamed("--peers"):
         chosen = speed.parse_peers(peers)
     rows = speed.attention_rows(
-        shape, pick_dtype(dtype, device), device=torch_device, peers=chosen, rounds=rounds
+        shape, options.pick_dtype(dtype, device), device=torch_device, peers=chosen, rounds=rounds
     )
     print_bench(rows, shape, machine(torch_device))

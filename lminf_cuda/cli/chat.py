@@ -7,22 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
+from lminf_cuda.cli import options
 from lminf_cuda.cli.generate import write
 from lminf_cuda.cli.loading import load
-from lminf_cuda.cli.options import (
-    ChunkOption,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    MaxDistanceOption,
-    ModelArgument,
-    NGlobalOption,
-    SeedOption,
-    TemperatureOption,
-    WindowOption,
-    blamed,
-)
 from lminf_cuda.evaluation.findings import mebibytes
 from lminf_cuda.evaluation.tables import console
 from lminf_cuda.models.patch import patch_model
@@ -30,27 +17,27 @@ from lminf_cuda.text.chatting import Chat
 
 
 def chat(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     system: Annotated[
         str | None, typer.Option(help="An instruction ahead of the first turn.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
-    temperature: TemperatureOption = 0.8,
+    temperature: options.TemperatureOption = 0.8,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
-    seed: SeedOption = None,
-    n_global: NGlobalOption = 16,
-    window: WindowOption = None,
-    max_distance: MaxDistanceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.cpu,
-    chunk: ChunkOption = 1024,
+    seed: options.SeedOption = None,
+    n_global: options.NGlobalOption = 16,
+    window: options.WindowOption = None,
+    max_distance: options.MaxDistanceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.cpu,
+    chunk: options.ChunkOption = 1024,
 ) -> None:
     """Talk with a model for as long as you like: the memory stays what it is. One turn a line."""
     loaded = load(model, dtype, device)
-    with blamed("MODEL / --n-global / --window / --max-distance"):
+    with options.blamed("MODEL / --n-global / --window / --max-distance"):
         patch_model(loaded.model, n_global=n_global, window=window, max_distance=max_distance)
-    with blamed("--system / --temperature / --top-p"):
+    with options.blamed("--system / --temperature / --top-p"):
         talk = Chat(
             loaded.model,
             loaded.tokenizer,

@@ -8,15 +8,10 @@ from typing import Annotated
 
 import typer
 
+from lminf_cuda.cli import options
 from lminf_cuda.cli.evaluate import run_evaluation
 from lminf_cuda.cli.generate import write
 from lminf_cuda.cli.loading import HELD_OUT, load
-from lminf_cuda.cli.options import (
-    Device,
-    Dtype,
-    OutOption,
-    blamed,
-)
 from lminf_cuda.cli.reports import make_folder, report
 from lminf_cuda.evaluation.findings import findings
 from lminf_cuda.evaluation.lengths import check_lengths, default_lengths
@@ -30,7 +25,7 @@ DEMO_PROMPT = 4096  # characters, and tokens of the shipped model
 
 
 def demo(
-    out: OutOption = Path("lminf_out"),
+    out: options.OutOption = Path("lminf_out"),
     longest: Annotated[int, typer.Option(min=512, help="Longest length, in tokens.")] = 65_536,
     vanilla_seconds: Annotated[
         float, typer.Option(min=0, help="Vanilla stops after this many seconds.")
@@ -39,11 +34,11 @@ def demo(
     """Evaluate the shipped model on its held-out text, then write on past its training length."""
     began = time.perf_counter()
     screen = console()
-    loaded = load(None, Dtype.auto, Device.cpu)
+    loaded = load(None, options.Dtype.auto, options.Device.cpu)
     content = read_text(HELD_OUT)
     text = tokenize(loaded.tokenizer, content)
     train_length = training_length(loaded.model.config)
-    with blamed("--longest"):
+    with options.blamed("--longest"):
         check_lengths([train_length, longest], len(text))
     make_folder(out)
     lengths = default_lengths(train_length, longest)

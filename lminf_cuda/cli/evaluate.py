@@ -9,21 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from lminf_cuda.cli import options
 from lminf_cuda.cli.loading import HELD_OUT, Loaded, check_patch, load
-from lminf_cuda.cli.options import (
-    ChunkOption,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    MaxDistanceOption,
-    ModelArgument,
-    NGlobalOption,
-    OutOption,
-    WindowOption,
-    blamed,
-    parse_lengths,
-)
 from lminf_cuda.cli.reports import make_folder, report
 from lminf_cuda.evaluation import losses
 from lminf_cuda.evaluation.findings import findings
@@ -57,7 +44,7 @@ def run_evaluation(
 
 
 def evaluate(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     text: Annotated[
         Path,
         typer.Option(
@@ -71,13 +58,13 @@ def evaluate(
             "and its doublings, as far as the text goes."
         ),
     ] = None,
-    n_global: NGlobalOption = 16,
-    window: WindowOption = None,
-    max_distance: MaxDistanceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.cpu,
-    chunk: ChunkOption = 1024,
-    out: OutOption = Path("lminf_out"),
+    n_global: options.NGlobalOption = 16,
+    window: options.WindowOption = None,
+    max_distance: options.MaxDistanceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.cpu,
+    chunk: options.ChunkOption = 1024,
+    out: options.OutOption = Path("lminf_out"),
     baseline_stride: Annotated[
         int,
         typer.Option(min=1, help="Tokens scored per window of the cut baseline; 1 is exact, slow."),
@@ -88,20 +75,20 @@ def evaluate(
 ) -> None:
     """Loss by position over a long text: vanilla, LM-Infinite, and vanilla on a cut context."""
     wanted = None
-    with blamed("--lengths"):
+    with options.blamed("--lengths"):
         if lengths is not None:
-            wanted = parse_lengths(lengths)
+            wanted = options.parse_lengths(lengths)
             check_lengths(wanted, max(wanted))
-    with blamed("--text"):
+    with options.blamed("--text"):
         content = read_text(text)
     loaded = load(model, dtype, device)
     check_patch(loaded.model, n_global, window, max_distance)
     train_length = training_length(loaded.model.config)
-    with blamed("--baseline-stride"):
+    with options.blamed("--baseline-stride"):
         baseline_windows(2, train_length, baseline_stride)
     tokens = tokenize(loaded.tokenizer, content)
     wanted = wanted or default_lengths(train_length, len(tokens))
-    with blamed("--text / --lengths"):
+    with options.blamed("--text / --lengths"):
         check_lengths(wanted, len(tokens))
     make_folder(out)
     result = run_evaluation(

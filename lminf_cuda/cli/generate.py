@@ -7,21 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lminf_cuda.cli import options
 from lminf_cuda.cli.loading import load
-from lminf_cuda.cli.options import (
-    ChunkOption,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    MaxDistanceOption,
-    ModelArgument,
-    NGlobalOption,
-    SeedOption,
-    TemperatureOption,
-    WindowOption,
-    blamed,
-)
 from lminf_cuda.models.patch import patch_model
 from lminf_cuda.text.generating import check_sampling
 from lminf_cuda.text.generating import generate as generate_text
@@ -35,26 +22,26 @@ def write(piece: str) -> None:
 
 def generate(
     prompt_file: Annotated[Path, typer.Option(help="A UTF-8 text file of any length to continue.")],
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
-    temperature: TemperatureOption = 0.8,
+    temperature: options.TemperatureOption = 0.8,
     top_p: Annotated[float, typer.Option(help="Above 0, at most 1.")] = 0.95,
-    seed: SeedOption = None,
-    n_global: NGlobalOption = 16,
-    window: WindowOption = None,
-    max_distance: MaxDistanceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.cpu,
-    chunk: ChunkOption = 1024,
+    seed: options.SeedOption = None,
+    n_global: options.NGlobalOption = 16,
+    window: options.WindowOption = None,
+    max_distance: options.MaxDistanceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.cpu,
+    chunk: options.ChunkOption = 1024,
 ) -> None:
     """Continue a text of any length with a cache of fixed size, printing tokens as they come."""
-    with blamed("--temperature / --top-p"):
+    with options.blamed("--temperature / --top-p"):
         check_sampling(temperature, top_p)
-    with blamed("--prompt-file"):
+    with options.blamed("--prompt-file"):
         prompt = read_text(prompt_file)
     loaded = load(model, dtype, device)
-    with blamed("MODEL / --n-global / --window / --max-distance"):
+    with options.blamed("MODEL / --n-global / --window / --max-distance"):
         patch_model(loaded.model, n_global=n_global, window=window, max_distance=max_distance)
     generate_text(
         loaded.model,

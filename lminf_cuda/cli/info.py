@@ -13,18 +13,8 @@ from rich.table import Table
 
 import lminf_cuda
 from lminf_cuda import ops
+from lminf_cuda.cli import options
 from lminf_cuda.cli.loading import DEMO_MODEL
-from lminf_cuda.cli.options import (
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    MaxDistanceOption,
-    NGlobalOption,
-    blamed,
-    check_device,
-    pick_dtype,
-)
 from lminf_cuda.evaluation.tables import console
 from lminf_cuda.models import compat
 from lminf_cuda.ops.plan import KernelPlan, decode_plan, kernel_plan
@@ -69,9 +59,9 @@ def _plan_value(x: str | int) -> str:
 def plans_table(shape: PlanShape, capability: int | None, multiprocessors: int) -> Table:
     """The table of `lminf info --plan`: the prefill and a decoding step of one shape."""
     target: dict[str, Any] = dict(device_capability=capability, multiprocessors=multiprocessors)
-    options: dict[str, Any] = dict(max_distance=shape.max_distance)
+    given: dict[str, Any] = dict(max_distance=shape.max_distance)
     if shape.rope:
-        options["inv_freq"] = torch.ones(
+        given["inv_freq"] = torch.ones(
             shape.head_dim // 2, dtype=torch.float32, device=shape.device
         )
     keys = shape.tensor(shape.kv_heads, shape.length)
@@ -81,12 +71,12 @@ def plans_table(shape: PlanShape, capability: int | None, multiprocessors: int) 
     plans = {
         "lambda_attn": kernel_plan(
             shape.tensor(shape.heads, shape.queries), keys, keys, shape.n_global, shape.window,
-            **target, **options,
+            **target, **given,
         ),
         "lambda_decode": decode_plan(
             shape.tensor(shape.heads, 1), one, one, ring, ring, few, few,
             torch.zeros(shape.batch, dtype=torch.int64, device=shape.device), shape.window,
-            **target, **options,
+            **target, **given,
         ),
     }  # fmt: skip
     where = shape.device if capability is None else f"CUDA, capability {capability}"
@@ -110,8 +100,8 @@ def info(
         typer.Option(min=80, help="Plan for a GPU of this compute capability, as in 80 or 90."),
     ] = None,
     multiprocessors: Annotated[int, typer.Option(min=1, help="Of that GPU.")] = 132,
-    dtype: DtypeOption = Dtype.bfloat16,
-    device: DeviceOption = Device.cpu,
+    dtype: options.DtypeOption = options.Dtype.bfloat16,
+    device: options.DeviceOption = options.Device.cpu,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key heads; they divide --heads.")] = 8,
@@ -121,18 +111,18 @@ def info(
         int | None, typer.Option(min=1, help="Queries of it, the last ones; default: all.")
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Last tokens that are visible.")] = 4096,
-    n_global: NGlobalOption = 16,
-    max_distance: MaxDistanceOption = None,
+    n_global: options.NGlobalOption = 16,
+    max_distance: options.MaxDistanceOption = None,
     rope: Annotated[bool, typer.Option(help="Whether keys are rotated.")] = True,
 ) -> None:
     """Versions, the kernels that are built and the instruction set in use."""
     if plan:
-        check_device(device)
+        options.check_device(device)
         shape = PlanShape(
-            pick_dtype(dtype, device), device.value, batch, heads, kv_heads, head_dim, length,
-            queries or length, window, n_global, max_distance, rope,
+            options.pick_dtype(dtype, device), device.value, batch, heads, kv_heads, head_dim,
+            length, queries or length, window, n_global, max_distance, rope,
         )  # fmt: skip
-        with blamed("--plan"):
+        with options.blamed("--plan"):
             try:
                 plans = plans_table(shape, capability, multiprocessors)
             except RuntimeError as error:

@@ -44,8 +44,7 @@ class Device(str, Enum):
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL",
-        help="A folder, a .gguf file or a hub name; default: the shipped one.",
+        metavar="MODEL", help="A folder, a .gguf file or a hub name; default: the shipped one."
     ),
 ]
 NGlobalOption = Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")]
@@ -56,8 +55,7 @@ MaxDistanceOption = Annotated[
     int | None, typer.Option(min=1, help="Largest distance attention sees; default: the window.")
 ]
 DtypeOption = Annotated[
-    Dtype,
-    typer.Option(help="auto: bfloat16 on a GPU or a CPU with AMX, else float32."),
+    Dtype, typer.Option(help="auto: bfloat16 on a GPU or a CPU with AMX, else float32.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
 ChunkOption = Annotated[int, typer.Option(min=1, help="Tokens of the text per forward.")]

@@ -7,22 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lminf_cuda.cli import options
 from lminf_cuda.cli.loading import load
-from lminf_cuda.cli.options import (
-    ChunkOption,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    MaxDistanceOption,
-    ModelArgument,
-    NGlobalOption,
-    OutOption,
-    WindowOption,
-    blamed,
-    parse_depths,
-    parse_lengths,
-)
 from lminf_cuda.cli.reports import make_folder, report_passkeys
 from lminf_cuda.evaluation import passkey as retrieval
 from lminf_cuda.models.patch import patch_model, unpatch_model
@@ -30,7 +16,7 @@ from lminf_cuda.models.rope import training_length
 
 
 def passkey(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -50,29 +36,29 @@ def passkey(
         int, typer.Option(min=0, help="Middle tokens per head (the paper: 5); 0: none.")
     ] = 0,
     middle_from_layer: Annotated[int, typer.Option(min=0, help="First layer with them.")] = 4,
-    n_global: NGlobalOption = 16,
-    window: WindowOption = None,
-    max_distance: MaxDistanceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.cpu,
-    chunk: ChunkOption = 1024,
-    out: OutOption = Path("lminf_out"),
+    n_global: options.NGlobalOption = 16,
+    window: options.WindowOption = None,
+    max_distance: options.MaxDistanceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = options.Device.cpu,
+    chunk: options.ChunkOption = 1024,
+    out: options.OutOption = Path("lminf_out"),
 ) -> None:
     """Find a number hidden in a long text: accuracy by length and depth, as table and heat map."""
     wanted = None
-    with blamed("--lengths"):
+    with options.blamed("--lengths"):
         if lengths is not None:
-            wanted = parse_lengths(lengths)
-    with blamed("--depths"):
-        places = parse_depths(depths)
+            wanted = options.parse_lengths(lengths)
+    with options.blamed("--depths"):
+        places = options.parse_depths(depths)
     loaded = load(model, dtype, device)
     patch: dict[str, Any] = {"n_global": n_global, "window": window, "max_distance": max_distance}
     if middle_top_k:
         patch |= {"middle_top_k": middle_top_k, "middle_from_layer": middle_from_layer}
-    with blamed("MODEL / --n-global / --window / --max-distance / --middle-from-layer"):
+    with options.blamed("MODEL / --n-global / --window / --max-distance / --middle-from-layer"):
         patch_model(loaded.model, **patch)
         unpatch_model(loaded.model)
-    with blamed("--lengths / --depths"):
+    with options.blamed("--lengths / --depths"):
         prompts = retrieval.Prompts(loaded.tokenizer)
         wanted = wanted or prompts.default_lengths(training_length(loaded.model.config))
         retrieval.check_grid(prompts, wanted, places)

@@ -12,8 +12,6 @@ number (previous length, L], so growth past the training length is not averaged 
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +23,7 @@ from transformers import DynamicCache
 
 from lminf_cuda.evaluation.lengths import baseline_windows, check_lengths, chunk_bounds
 from lminf_cuda.evaluation.machine import available_memory
+from lminf_cuda.evaluation.records import write_records
 from lminf_cuda.evaluation.traces import Trace, recompute, stream, vanilla_memory
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.patch import patch_model, unpatch_model
@@ -179,12 +178,7 @@ def evaluate(
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
     """Write evaluation.csv (one line a row) and evaluation.json (rows, settings, peak memory)."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(row) for row in evaluation.rows]
-    with (folder / "evaluation.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     facts = {
         "train_length": evaluation.train_length,
         "settings": evaluation.settings,
@@ -192,4 +186,4 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
         "stopped": {m: t.stopped for m, t in evaluation.traces.items()},
         "rows": rows,
     }
-    (folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_records(folder, "evaluation", rows, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -47,6 +48,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
+
+
+def file_name(facts: Mapping[str, Any]) -> str:
+    """The machine of these `facts` as a part of a file's name: its processor and its cores."""
+    processor = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", facts["cpu"])).lower()).strip("-")
+    return f"{processor}_{facts['cores']}c"
 
 
 def interleaved_medians(

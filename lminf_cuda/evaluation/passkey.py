@@ -7,8 +7,6 @@ share of keys that it writes first when it goes on greedily.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lminf_cuda.evaluation.records import write_records
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import GENERATION_CACHE
 from lminf_cuda.models.patch import patch_model, unpatch_model
@@ -230,15 +229,9 @@ def compare(
 
 def write_results(results: dict[str, list[Cell]], settings: dict[str, Any], folder: Path) -> None:
     """Write passkey.csv (one line a cell) and passkey.json (cells and settings)."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"method": method, **asdict(cell), "accuracy": cell.accuracy}
         for method, cells in results.items()
         for cell in cells
     ]
-    with (folder / "passkey.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    facts = {"settings": settings, "cells": rows}
-    (folder / "passkey.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_records(folder, "passkey", rows, {"settings": settings, "cells": rows})

@@ -7,8 +7,6 @@ product of the same dtype (docs/design.md section 8).
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lminf_cuda.evaluation.machine import interleaved_medians
+from lminf_cuda.evaluation.records import write_records
 from lminf_cuda.ops.functional import lambda_attention
 from lminf_cuda.text.progress import progress, waiting
 
@@ -196,13 +195,6 @@ def write_rows(
     rows: Sequence[BenchRow], shape: Shape, facts: Mapping[str, Any], folder: Path, name: str
 ) -> list[Path]:
     """Write the rows as <name>.json, with machine and shape, and <name>.csv; returns both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     records = [asdict(row) for row in rows]
-    json_path, csv_path = folder / f"{name}.json", folder / f"{name}.csv"
     everything = {"machine": dict(facts), "shape": asdict(shape), "rows": records}
-    json_path.write_text(json.dumps(everything, indent=2) + "\n")
-    with csv_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-    return [json_path, csv_path]
+    return write_records(folder, name, records, everything)

@@ -18,8 +18,6 @@ from .middle import add_middle_tokens
 from .positions import causal_padding_mask
 from .settings import LayerSettings
 
-__all__ = ["ATTENTION_NAME", "LAYER_ATTRIBUTE", "attend_in_forward"]
-
 ATTENTION_NAME = "lminf"
 LAYER_ATTRIBUTE = "lminf_layer"  # of an attention module: its LayerSettings
 

@@ -14,36 +14,7 @@ from typing import Any
 
 import transformers
 from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation import GenerationMixin
-
-__all__ = [
-    "DRAFTS_BY",
-    "GENERATION_CACHE",
-    "HOOKS",
-    "MAKES_CACHE",
-    "MAKES_MASK",
-    "PAGED",
-    "ROTARY_TABLE",
-    "TESTED",
-    "WRAPPED_FORWARD",
-    "CacheLayerMixin",
-    "DummyLayer",
-    "DynamicLayer",
-    "LinearAttentionLayer",
-    "asks_interface",
-    "attention_name",
-    "cache_argument",
-    "cache_keyword",
-    "config_value",
-    "has_keywords",
-    "move_cache",
-    "parameter_names",
-    "recurrent_layers_are_known",
-    "set_attention_name",
-    "version_note",
-    "versions",
-]
 
 # The oldest and the newest release with which all tests of the models passed.
 TESTED = ("5.4.0", "5.24.0")
@@ -194,6 +165,9 @@ def config_value(config: Any, name: str) -> Any:
     return getattr(config, name, None)
 
 
+# What caches keep of a layer.
+CacheLayerMixin: Any = cache_utils.CacheLayerMixin
+DynamicLayer: Any = cache_utils.DynamicLayer
 # What a model with other layers than attention keeps of them.
 LinearAttentionLayer: Any = getattr(cache_utils, "LinearAttentionLayer", _Unknown)
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", _Unknown)

@@ -19,6 +19,7 @@ transformers is docs/families.md.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,25 +28,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from . import own_forwards as own
 from .compat import recurrent_layers_are_known, versions
+from .description import fits
 from .family import RECURRENT, WITHOUT_ATTENTION, Family
-from .own_forwards import (
-    bloom_forward,
-    bloom_slopes,
-    codegen_forward,
-    diffllama_forward,
-    falcon_forward,
-    falcon_slopes,
-    gpt_neox_japanese_forward,
-    gptj_forward,
-    gptj_rope,
-    mpt_forward,
-    mpt_slopes,
-    t5_forward,
-)
 from .rope import Rope
-
-__all__ = ["ENCODER_DECODERS", "FAMILIES", "WRAPPERS", "find_decoder"]
 
 
 def _slides(module: Any) -> bool:
@@ -166,39 +153,30 @@ FAMILIES: dict[str, Family] = {
         layers="h",
         attention=("self_attention",),
         uses_rope=lambda attention: False,
-        slopes=bloom_slopes,
-        forward=bloom_forward,
+        slopes=own.bloom_slopes,
+        forward=own.bloom_forward,
     ),
     "cohere2": Family(interleaved=True, uses_rope=_slides),
     "cohere2_moe": Family(
-        interleaved=True,
-        uses_rope=lambda attention: _slides(attention) or attention.force_rope,
+        interleaved=True, uses_rope=lambda attention: _slides(attention) or attention.force_rope
     ),
     "deepseek_v2": Family(rotates_last=True, interleaved=True),
     "codegen": Family(
-        layers="h",
-        attention=("attn",),
-        rope=gptj_rope,
-        forward=codegen_forward,
+        layers="h", attention=("attn",), rope=own.gptj_rope, forward=own.codegen_forward
     ),
     "cohere_compass_text": Family(uses_rope=_type_has_rope),
     "dbrx": Family(layers="blocks", attention=("norm_attn_norm.attn",)),
-    "diffllama": Family(forward=diffllama_forward),
+    "diffllama": Family(forward=own.diffllama_forward),
     "falcon": Family(
         layers="h",
         attention=("self_attention",),
         uses_rope=lambda attention: not attention.config.alibi,
-        slopes=falcon_slopes,
-        forward=falcon_forward,
+        slopes=own.falcon_slopes,
+        forward=own.falcon_forward,
     ),
     "gpt_neox": Family(attention=("attention",)),
-    "gpt_neox_japanese": Family(attention=("attention",), forward=gpt_neox_japanese_forward),
-    "gptj": Family(
-        layers="h",
-        attention=("attn",),
-        rope=gptj_rope,
-        forward=gptj_forward,
-    ),
+    "gpt_neox_japanese": Family(attention=("attention",), forward=own.gpt_neox_japanese_forward),
+    "gptj": Family(layers="h", attention=("attn",), rope=own.gptj_rope, forward=own.gptj_forward),
     "hrm_text": Family(layers="L_module.layers", modules=_hrm_modules),
     "jamba": Family(uses_rope=lambda attention: False, is_recurrent=True, reads_once=True),
     "jetmoe": Family(attention=("self_attention",)),
@@ -218,15 +196,13 @@ FAMILIES: dict[str, Family] = {
         layers="blocks",
         attention=("attn",),
         uses_rope=lambda attention: False,
-        slopes=mpt_slopes,
-        forward=mpt_forward,
+        slopes=own.mpt_slopes,
+        forward=own.mpt_forward,
         needs_mask=True,
     ),
     "lfm2_moe": Family(rotary=lambda decoder, index: decoder.pos_emb, is_recurrent=True),
     "nemotron_h": Family(
-        attention=("mixer",),
-        uses_rope=lambda attention: False,
-        is_recurrent=True,
+        attention=("mixer",), uses_rope=lambda attention: False, is_recurrent=True
     ),
     "nanochat": Family(backwards=True),
     # Phi-3 drops the cache where longrope would change its factors, which a patch keeps fixed.
@@ -269,7 +245,7 @@ ENCODER_DECODERS: dict[str, Family] = dict.fromkeys(
         layers="block",
         attention=("layer.0.SelfAttention",),
         uses_rope=lambda attention: False,
-        forward=t5_forward,
+        forward=own.t5_forward,
         cross_attends=True,
     ),
 )
@@ -293,13 +269,20 @@ WRAPPERS: tuple[str, ...] = (
 )
 
 
-def all_families() -> dict[str, Family]:
-    return FAMILIES | ENCODER_DECODERS
-
-
-def family_of(model_type: str) -> Family:
+def _family_of(model_type: str) -> Family:
     """What a pickled Family becomes."""
-    return all_families()[model_type]
+    return (FAMILIES | ENCODER_DECODERS)[model_type]
+
+
+def _by_name(family: Family) -> tuple[Callable[[str], Family], tuple[str]]:
+    """For pickle: the functions in a Family have no names of their own that it could store."""
+    for name, known in (FAMILIES | ENCODER_DECODERS).items():
+        if known is family:
+            return _family_of, (name,)
+    raise TypeError("a Family that no model type has cannot be pickled")
+
+
+copyreg.pickle(Family, _by_name)  # type: ignore[arg-type]
 
 
 def _text_type(model: nn.Module, model_type: str) -> str:
@@ -317,7 +300,7 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     Raises:
         ValueError: none, or more than one, of a supported type.
     """
-    families = all_families()
+    families = FAMILIES | ENCODER_DECODERS
     supported = f"supported model types: {', '.join(sorted({*families, *WRAPPERS}))}"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
@@ -336,7 +319,7 @@ def find_decoder(model: nn.Module) -> tuple[Any, Family]:
     decoders = [
         module
         for module in model.modules()
-        if family.fits(module) and getattr(module.config, "model_type", None) == model_type
+        if fits(module, family) and getattr(module.config, "model_type", None) == model_type
     ]
     if len(decoders) != 1:
         raise ValueError(

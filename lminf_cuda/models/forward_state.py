@@ -19,8 +19,6 @@ from .cache.layers import LambdaCacheLayer
 from .compat import versions
 from .settings import LayerSettings
 
-__all__ = ["STATE_KEYWORD", "ForwardState", "enter", "leave", "running"]
-
 STATE_KEYWORD = "lminf_forward"
 
 

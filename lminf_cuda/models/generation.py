@@ -27,8 +27,6 @@ from .compat import (
 )
 from .settings import SETTINGS_ATTRIBUTE
 
-__all__ = ["OVERRIDES", "lambda_cache", "new_cache"]
-
 
 class _EncoderDecoderCache(EncoderDecoderCache):
     """One that hands all its methods on to a LambdaCache as it does to a DynamicCache."""

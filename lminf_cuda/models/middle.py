@@ -20,8 +20,6 @@ from torch import Tensor
 from .settings import LayerSettings
 from .writable import Writable, writable
 
-__all__ = ["MiddleStore", "add_middle_tokens", "check_device"]
-
 _FIRST_SLOTS = 256
 
 

@@ -22,28 +22,11 @@ from torch import Tensor
 from .compat import asks_interface
 from .rope import Rope
 
-__all__ = [
-    "bloom_forward",
-    "bloom_slopes",
-    "codegen_forward",
-    "diffllama_forward",
-    "falcon_forward",
-    "falcon_slopes",
-    "gpt_neox_japanese_forward",
-    "gptj_forward",
-    "gptj_rope",
-    "mpt_forward",
-    "mpt_slopes",
-    "t5_forward",
-]
+Attend = Callable[..., Tensor]
 
 
 def falcon_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """Falcon's, in all its versions of grouped heads."""
     q, k, v = module._split_heads(module.query_key_value(hidden_states))  # [B, S, heads, D]
@@ -56,11 +39,7 @@ def falcon_forward(
 
 
 def gptj_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """GPT-J's."""
     heads = (*hidden_states.shape[:2], module.num_attention_heads, module.head_dim)
@@ -73,11 +52,7 @@ def gptj_forward(
 
 
 def mpt_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """MPT's."""
     qkv = module.Wqkv(hidden_states)
@@ -89,12 +64,7 @@ def mpt_forward(
 
 
 def bloom_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    residual: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """Bloom's, which adds the residual itself."""
     q, k, v = module._reshape(module.query_key_value(hidden_states))
@@ -103,11 +73,7 @@ def bloom_forward(
 
 
 def codegen_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """CodeGen's, whose projections stand in the order of the four devices it was trained on."""
     batch, n_tokens = hidden_states.shape[:2]
@@ -119,11 +85,7 @@ def codegen_forward(
 
 
 def gpt_neox_japanese_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None, Tensor | None]:
     """GPT-NeoX-Japanese's, which hands its bias on to the layer."""
     qkv = module.query_key_value(hidden_states).unflatten(-1, (module.num_attention_heads, -1))
@@ -133,11 +95,7 @@ def gpt_neox_japanese_forward(
 
 
 def diffllama_forward(
-    attend: Callable[..., Tensor],
-    module: Any,
-    hidden_states: Tensor,
-    *_: Any,
-    **__: Any,
+    attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """Differential attention: half of the heads are subtracted from the other half, over values of
     twice the head dim that both halves share."""
@@ -157,7 +115,7 @@ def diffllama_forward(
 
 
 def t5_forward(
-    attend: Callable[..., Tensor],
+    attend: Attend,
     module: Any,
     hidden_states: Tensor,
     *_: Any,

@@ -16,8 +16,6 @@ from torch import Tensor
 from .cache import LambdaCache
 from .forward_state import ForwardState
 
-__all__ = ["causal_padding_mask", "locate_tokens", "padding_mask", "refuse_inputs"]
-
 # Which transformers hands on to attention functions, and which this one would not heed.
 _REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
 

@@ -8,29 +8,9 @@ from typing import Any
 from torch import nn
 
 from .compat import HOOKS
-from .family import Family, layer_type
+from .description import Description
 from .rope import is_rotary, training_length
 from .settings import LambdaSettings, LayerSettings
-
-__all__ = ["add_middle", "refuse_meta", "resolve_layers", "resolve_lengths", "resolve_middle"]
-
-_SLIDING = (None, "sliding_attention", "hybrid_sliding")
-
-
-def _sliding_window(config: Any, layer_idx: int) -> int | None:
-    """The window of a layer that slides in the unpatched model, or None."""
-    sliding: int | None = getattr(config, "sliding_window", None)
-    if sliding is None or layer_type(config, layer_idx) not in _SLIDING:
-        return None
-    return sliding
-
-
-def _chunk(config: Any) -> int | None:
-    """The size of the chunks within which some layers of the unpatched model attend, or None."""
-    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
-        return None
-    chunk: int | None = config.attention_chunk_size
-    return chunk
 
 
 def _check_setting(name: str, value: Any, minimum: int, why: str) -> None:
@@ -66,32 +46,24 @@ def _tensors(module: nn.Module, path: str = "", hooked: bool = False) -> Iterato
         yield from _tensors(child, f"{path}{name}.", hooked)
 
 
-def _own_windows(decoder: Any, family: Family) -> list[int | None]:
-    """For each attention layer the window over which it slides in the unpatched model, or None."""
-    return [
-        _sliding_window(decoder.config, index)
-        for index, module in enumerate(family.attention_modules(decoder))
-        if module is not None
-    ]
-
-
 def resolve_lengths(
-    decoder: Any, family: Family, n_global: Any, window: Any, max_distance: Any
+    description: Description, n_global: Any, window: Any, max_distance: Any
 ) -> tuple[int, int, int]:
     """Checks patch_model's arguments and fills in what is None: n_global, window, max_distance."""
+    chunk = description.chunk
     if window is None:
-        window = training_length(decoder.config)
-        own = _own_windows(decoder, family)
-        if all(length is not None for length in own):
-            window = min([window, *filter(None, own)])
-        window = min(window, _chunk(decoder.config) or window)
+        window = training_length(description.decoder.config)
+        own = [layer.window for layer in description.attention]
+        if None not in own:
+            window = min([window, *own])
+        window = min(window, chunk or window)
     _check_setting("n_global", n_global, 0, "")
     _check_setting("window", window, 1, " (the query's own key)")
-    if window > (_chunk(decoder.config) or window):
+    if chunk is not None and window > chunk:
         raise ValueError(
-            f"window is {window}, but layers of this {type(decoder).__name__} attend within chunks "
-            f"of {_chunk(decoder.config)} tokens, and beyond its first chunk a longer window is "
-            f"not what they do; pass window={_chunk(decoder.config)} or less"
+            f"window is {window}, but layers of this {type(description.decoder).__name__} attend "
+            f"within chunks of {chunk} tokens, and beyond its first chunk a longer window is not "
+            f"what they do; pass window={chunk} or less"
         )
     if max_distance is None:
         max_distance = window
@@ -144,24 +116,21 @@ def add_middle(settings: LambdaSettings) -> None:
 
 
 def resolve_layers(
-    decoder: Any, family: Family, n_global: int, window: int, max_distance: int
+    description: Description, n_global: int, window: int, max_distance: int
 ) -> list[LayerSettings | None]:
     """Every layer's share of the settings; None for a layer without attention."""
     layers: list[LayerSettings | None] = []
-    sources = family.keys_of(decoder)
-    for index, module in enumerate(family.attention_modules(decoder)):
-        if module is None:
+    for layer in description.layers:
+        if layer.attention is None:
             layers.append(None)
             continue
         # A layer that slides was trained to see no further, and never saw the first from afar.
         lengths = (n_global, window, max_distance)
-        own = _sliding_window(decoder.config, index)
-        if own is not None and own < window:
-            lengths = (0, own, own)
-        rope, slopes = family.layer_rope(decoder, index), family.slopes(module)
+        if layer.window is not None and layer.window < window:
+            lengths = (0, layer.window, layer.window)
         layers.append(
             LayerSettings(
-                *lengths, rope, slopes, sources[index], query_scale=family.query_scale(module)
+                *lengths, layer.rope, layer.slopes, layer.keys_of, query_scale=layer.query_scale
             )
         )
     return layers

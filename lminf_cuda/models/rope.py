@@ -22,16 +22,6 @@ from torch import Tensor, nn
 from .compat import ROTARY_TABLE
 from .writable import writable
 
-__all__ = [
-    "IdentityRotary",
-    "Rope",
-    "is_rotary",
-    "keeps_rotation",
-    "let_unrotated_pass",
-    "snapshot_rope",
-    "training_length",
-]
-
 _PASSES = "_lminf_lets_unrotated_pass"  # of a library's function: it is wrapped
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from .compat import config_value
 from .rope import Rope
 
-__all__ = ["SETTINGS_ATTRIBUTE", "LambdaSettings", "LayerSettings", "model_shape"]
-
 # The attribute of a patched module that holds its LambdaSettings.
 SETTINGS_ATTRIBUTE = "_lminf_settings"
 

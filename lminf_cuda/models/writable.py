@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Writable", "writable"]
-
 
 def writable() -> torch.inference_mode:
     """A context, in which tensors are made that may be written in any mode."""

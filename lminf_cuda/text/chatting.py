@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
@@ -99,10 +95,7 @@ class Chat:
             rendered = render([*system, user], tokenize=False, add_generation_prompt=True)
         else:
             # The template closes the answer before, and opens the next one.
-            before = [
-                {"role": "user", "content": "?"},
-                {"role": "assistant", "content": _ANSWER},
-            ]
+            before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
             rendered = render([*before, user], tokenize=False, add_generation_prompt=True)
             rendered = rendered[rendered.index(_ANSWER) + len(_ANSWER) :]
         ids = self.tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids

@@ -21,8 +21,6 @@ from torch.utils import _pytree as pytree
 from ..settings import SETTINGS_ATTRIBUTE, LambdaSettings
 from .lambda_cache import LambdaCache
 
-__all__: list[str] = []
-
 _BUFFERS = ("ring_k", "ring_v", "global_k", "global_v")
 
 # By their fingerprints, the settings of the caches that were flattened.

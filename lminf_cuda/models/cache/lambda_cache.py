@@ -20,8 +20,6 @@ from ..settings import SETTINGS_ATTRIBUTE, LambdaSettings
 from ..writable import Writable, writable
 from .layers import LambdaCacheLayer, Progress, RecurrentLayer, new_layer
 
-__all__ = ["LambdaCache"]
-
 ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 
 

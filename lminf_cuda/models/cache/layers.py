@@ -33,13 +33,6 @@ from ..middle import MiddleStore, add_middle_tokens
 from ..settings import LambdaSettings, LayerSettings
 from ..writable import Writable, writable
 
-__all__ = [
-    "LambdaCacheLayer",
-    "Progress",
-    "RecurrentLayer",
-    "new_layer",
-]
-
 
 class Progress:
     """What all layers of a cache share.
