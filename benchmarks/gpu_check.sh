@@ -5,9 +5,8 @@
 #   benchmarks/gpu_check.sh tests|speed|models [OUTPUT_FOLDER]
 #
 #   tests   build the extension in place for this GPU (LMINF_CARRIED=1: take the one that is there);
-#           what hardware alone can settle: the PTX wrappers on the device, a prefill that is its
-#           thread's first CUDA work, views whose strides are not nested; then pytest -m cuda, and
-#           compute-sanitizer (memcheck, racecheck) over small shapes, where it is installed
+#           the PTX wrappers on the device; then pytest -m cuda, and compute-sanitizer (memcheck,
+#           racecheck) over small shapes, where it is installed
 #   speed   prefill beside its peers, decode, rope: tables with the GPU named, in benchmarks/results
 #   models  whole models on the GPU: the shipped one reads, writes and recalls
 #
@@ -70,58 +69,8 @@ build() {
 
 # The extension as it is, unless it has no kernels for this GPU.
 build_if_missing() {
-  "$python" -c "$small_shapes" > /dev/null 2>&1 || build
+  "$python" python_tests/small_shapes.py > /dev/null 2>&1 || build
 }
-
-small_shapes='
-import sys
-sys.path.insert(0, "python_tests")
-import torch
-from cases import call, options, qkv
-for dtype in (torch.bfloat16, torch.float32):
-    q, k, v = qkv(150, 200, heads_q=4, heads_kv=2, dtype=dtype)
-    call("cuda", "lambda_attn", q, k, v, 20, 40, max_distance=60, **options("all", 4, 64))
-    ring, few = (torch.randn(1, 2, n, 64).to(dtype) for n in (300, 20))
-    call("cuda", "lambda_decode", q[:, :, :1], k[:, :, :1], v[:, :, :1], ring, ring.clone(), few,
-         few.clone(), torch.tensor([1000]), 300, max_distance=350, **options("rope", 4, 64))
-'
-
-# No rope: nothing is launched before the tensor maps are made, on a thread that has no context.
-fresh_thread='
-import sys, threading
-sys.path.insert(0, "python_tests")
-import torch
-from cases import check_lambda_attn, qkv
-tensors = [x.cuda() for x in qkv(40, 50, dtype=torch.bfloat16)]
-torch.ops.lminf.lambda_attn(*tensors, 0, 20)  # the facts of the device are known now
-results = []
-run = lambda: results.append(torch.ops.lminf.lambda_attn(*tensors, 0, 20)[0].cpu())
-thread = threading.Thread(target=run)
-thread.start()
-thread.join()
-check_lambda_attn("cuda", *qkv(40, 50, dtype=torch.bfloat16), n_global=0, window=20)
-assert len(results) == 1 and results[0].isfinite().all()
-'
-
-# [B, S, H, D] memory seen as [B, H, S, D]: a head stride below that of a row.
-transposed_views='
-import sys
-sys.path.insert(0, "python_tests")
-import torch
-from cases import options, qkv, run_reference
-for head_dim in (64, 128, 256):
-    q, k, v = qkv(300, 310, batch=2, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16)
-    views = [x.transpose(1, 2).contiguous().cuda().transpose(1, 2) for x in (q, k, v)]
-    for option in ("none", "rope"):
-        score = options(option, 4, head_dim)
-        on_gpu = {name: x.cuda() for name, x in score.items()}
-        out, _ = torch.ops.lminf.lambda_attn(*views, 20, 140, max_distance=160, **on_gpu)
-        common = dict(n_global=20, window=140, max_distance=160, **score)
-        truth, _ = run_reference(q, k, v, True, **common)
-        eager, _ = run_reference(q, k, v, False, **common)
-        error, bound = (out.cpu() - truth).abs().max(), 2 * (eager - truth).abs().max()
-        assert error <= bound, f"head dim {head_dim}, {option}: off by {error:.3g}, over {bound:.3g}"
-'
 
 run_tests() {
   [ -n "${LMINF_CARRIED:-}" ] || build
@@ -136,13 +85,11 @@ run_tests() {
     fi
     step "PTX wrappers" 60 bash -c "ptx_test ptx_sm80_test $architecture"
   fi
-  step "prefill in a fresh thread" 30 "$python" -c "$fresh_thread"
-  step "transposed views" 30 "$python" -c "$transposed_views"
-  step pytest 240 "$python" -m pytest -q -p no:cacheprovider -m cuda python_tests
+  step pytest 300 "$python" -m pytest -q -p no:cacheprovider -m cuda python_tests
   if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
       step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-        "$python" -c "$small_shapes"
+        "$python" python_tests/small_shapes.py
     done
   else
     echo "=== compute-sanitizer is not installed: skipped"
@@ -153,9 +100,9 @@ run_speed() {
   build_if_missing
   for head_dim in 128 64; do
     for window in 4096 1024; do
-      step "prefill, window $window, head dim $head_dim" 90 "$python" -m benchmarks.attention \
-        --device cuda --dtypes bfloat16 --peers flex sdpa-causal mm --heads 32 --kv-heads 8 \
-        --length 32768 --head-dim "$head_dim" --window "$window"
+      step "prefill, window $window, head dim $head_dim" 90 "$python" -m lminf_cuda bench \
+        --device cuda --dtype bfloat16 --peers flex,sdpa-causal,mm --heads 32 --kv-heads 8 \
+        --length 32768 --head-dim "$head_dim" --window "$window" --out benchmarks/results
     done
   done
   step decode 60 "$python" -m benchmarks.decode --device cuda --batches 1 4 16 64

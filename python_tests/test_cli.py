@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import re
 import shutil
@@ -163,6 +164,21 @@ def test_bench_prints_ours_beside_the_peers():
     assert code == 0
     for name in ("lambda_attn", "sdpa, same mask", "sdpa, causal"):
         assert name in output
+
+
+def test_bench_writes_what_it_prints(tmp_path):
+    code, output = lminf(
+        *("bench", "--length", 64, "--heads", 2, "--head-dim", 16, "--window", 16, "--peers", ""),
+        *("--rounds", 1, "--dtype", "float32", "--dtype", "bfloat16", "--out", tmp_path / "new"),
+    )
+    assert code == 0
+    results = sorted((tmp_path / "new").iterdir())
+    assert [path.suffix for path in results] == [".csv", ".json"]
+    assert all(path.name in output.replace("\n", "") for path in results)
+    assert all(path.stem.endswith("_b1_h2_kv2_s64_d16_w16_g16") for path in results)
+    facts = json.loads(results[1].read_text())
+    assert {row["dtype"] for row in facts["rows"]} == {"float32", "bfloat16"}
+    assert facts["machine"]["threads"] == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from family_sweep import (
+    NEWEST,
     NOT_IN_OLDEST,
     OLDEST,
     RAISES_UNPATCHED,
@@ -17,6 +18,7 @@ from family_sweep import (
     all_wrappers,
     by_kind,
     check,
+    filled,
     readme_count,
     verdict,
 )
@@ -104,3 +106,20 @@ def test_the_page_and_the_readme_name_the_families() -> None:
     assert ", 0 wrong" in page
     readme = (ROOT / "README.md").read_text()
     assert readme_count([*types, *around]) in readme, "run family_sweep.py"
+
+
+def test_the_page_is_filled_with_what_was_found() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    headings = ("Causal language models", "With recurrent or convolution layers")
+    worked = [name for h in (*headings, "Around a language model") for name in listed(page, h)]
+    rows = dict.fromkeys(worked, ("worked", ""))
+    for reason, names in re.findall(r"^\| (.*) \| (.*) \|$", page[page.index("| --- |") :], re.M):
+        found = "not built" if reason.startswith("unpatched") else "refused"
+        rows |= {name: (found, reason) for name in names.split(", ") if name != "---"}
+    version = f"transformers {NEWEST}, "
+    again = filled(page, rows).replace(f"transformers {transformers.__version__}, ", version, 1)
+    assert again == page
+    changed = filled(page, rows | {"llama": ("wrong", "off by 1")})
+    assert ", llama, " not in changed and "| off by 1 | llama |" in changed
+    with pytest.raises(ValueError, match="has no place like"):
+        filled(page.replace("## Encoder-decoders", "## Others"), rows)

@@ -57,7 +57,7 @@ NOT_IN_OLDEST = {
     *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "zamba", "zamba2"),
 }
 
-# Those whose own forward raises an error with some transformers, for any text; see _UPSTREAM.
+# Those whose own forward raises an error with some transformers, for any text.
 RAISES_UNPATCHED = {"llama4"}
 
 # Why the others are refused.
@@ -204,92 +204,37 @@ def all_types() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *left_out})
 
 
-_UPSTREAM = """\
-## What transformers itself gets wrong
-
-- falcon with `alibi=True` and eager attention: its bias is in the mask and added to the scores
-  again, so that it counts twice (5.23). sdpa counts it once, and so does a patch.
-- jamba, zamba: a text read in several pieces of several tokens with transformers' own cache gives
-  other logits than read at once (5.23), since the recurrent layers start again. A patch refuses the
-  second piece; single tokens may follow.
-- nemotron_h, zamba2: a forward of several tokens bounds the time step from below by
-  `time_step_min`, one of a single token does not (5.23), so that the two differ where it falls
-  below. A patch leaves recurrent layers as they are.
-- llama4: the forward around the language model ends in an AttributeError (5.24: its output has no
-  `image_outputs`), with images and without. The language model alone, llama4_text, works.
-- moshi: slides over `sliding_window` with transformers' own cache, and not without one (5.23). A
-  patch always does.
-- longcat_flash, llama4_text: with the offloading of accelerate 1.15 the first gives other logits
-  and the second an error, unpatched, too.
-- codegen, gptj, mpt: unpatched, a text beyond `n_positions` or `max_seq_len` raises an error in a
-  table look-up or an addition of two shapes. Patched, neither table is read.
-- 5.4 with a new huggingface_hub: the default configs of cohere2, ernie4_5, ernie4_5_moe,
-  ernie4_5_vl_moe, olmo, olmo2, olmo3, olmoe and phimoe are refused
-  (StrictDataclassFieldValidationError: a bool where an int is declared).
-"""
-
-
-def table(rows: dict[str, tuple[str, str]]) -> str:
-    """docs/families.md."""
-    names = {
-        kind: [name for name, (found, _) in rows.items() if found == kind]
-        for kind in ("worked", "refused", "wrong", "not built")
-    }
-    counts = ", ".join(f"{len(kind_names)} {kind}" for kind, kind_names in names.items())
+def filled(page: str, rows: dict[str, tuple[str, str]]) -> str:
+    """docs/families.md with what `rows` say in the places of what it said."""
+    names: dict[str, list[str]] = {"worked": [], "refused": [], "wrong": [], "not built": []}
     reasons: dict[str, list[str]] = {}
-    for name in names["refused"] + names["not built"] + names["wrong"]:
-        reasons.setdefault(rows[name][1], []).append(name)
+    for name, (found, reason) in rows.items():
+        names[found].append(name)
+        if found != "worked":
+            reasons.setdefault(reason, []).append(name)
+    counts = ", ".join(f"{len(found)} {kind}" for kind, found in names.items())
     plain, recurrent, around = by_kind(names["worked"])
-    lines = [
-        "# Model types that `patch_model` serves",
-        "",
-        "Written by `python tools/family_sweep.py`, which builds a tiny random model of",
-        "each type and compares it, patched, with the unpatched one and with a dense rewrite; its",
-        "first lines say how. The encoder-decoders are compared by",
-        "`python_tests/test_encoder_decoder.py`.",
-        "",
-        f"transformers {transformers.__version__}, {len(rows)} model types: {counts}.",
-        f"Of those that it has, transformers {OLDEST} refuses or cannot serve, or they cannot be",
-        "checked with it:",
-        f"{', '.join(sorted(NOT_IN_OLDEST))}.",
-        "",
-        "## Causal language models",
-        "",
-        ", ".join(plain),
-        "",
-        "## With recurrent or convolution layers",
-        "",
-        ", ".join(recurrent),
-        "",
-        "These layers stay as they are; those with attention are patched.",
-        "",
-        "## Around a language model",
-        "",
-        ", ".join(around),
-        "",
-        "Models that see or hear, whose language model is patched. What they put into the text may",
-        "be part of the context, with two exceptions, refused by name: tokens of an image that see",
-        "what follows them (gemma3, gemma4, molmo2), and images at positions in three dims",
-        "(qwen2_vl and its kind, glm4v, ernie4_5_vl_moe).",
-        "",
-        "## Encoder-decoders",
-        "",
-        ", ".join(sorted(ENCODER_DECODERS)),
-        "",
-        "The decoder's self-attention is patched, its learned bias clamped like every distance.",
-        "The encoder is not causal and stays as it is, and so does the cross-attention.",
-        "",
-        "## Refused",
-        "",
-        "By name, before anything of the model is changed.",
-        "",
-        "| because | types |",
-        "| --- | --- |",
-        *(f"| {reason} | {', '.join(found)} |" for reason, found in sorted(reasons.items())),
-        "",
-        _UPSTREAM,
-    ]
-    return "\n".join(lines)
+    lists = {
+        "## Causal language models\n\n": plain,
+        "## With recurrent or convolution layers\n\n": recurrent,
+        "## Around a language model\n\n": around,
+        "## Encoder-decoders\n\n": sorted(ENCODER_DECODERS),
+    }
+    parts = {rf"(?<=^{heading}).*": ", ".join(found) for heading, found in lists.items()} | {
+        r"^transformers \S+, \d+ model types: .*": f"transformers {transformers.__version__}, "
+        f"{len(rows)} model types: {counts}.",
+        r"(?<=^Of those that it has, transformers )\S+": OLDEST,
+        r"(?<=^checked with it:\n).*": f"{', '.join(sorted(NOT_IN_OLDEST))}.",
+        r"(?<=^\| --- \| --- \|\n)(\|.*\n)+": "".join(
+            f"| {reason} | {', '.join(sorted(found))} |\n"
+            for reason, found in sorted(reasons.items())
+        ),
+    }
+    for pattern, text in parts.items():
+        page, n = re.subn(pattern, text.replace("\\", r"\\"), page, count=1, flags=re.M)
+        if n == 0:
+            raise ValueError(f"docs/families.md has no place like {pattern!r}")
+    return page
 
 
 _BEGIN, _END = "<!-- written by family_sweep.py -->", "<!-- until here -->"
@@ -319,7 +264,8 @@ def readme_count(worked: list[str]) -> str:
 def write(rows: dict[str, tuple[str, str]]) -> None:
     """Writes docs/families.md and the README's count of model types."""
     root = Path(__file__).parents[1]
-    (root / "docs" / "families.md").write_text(table(rows))
+    families = root / "docs" / "families.md"
+    families.write_text(filled(families.read_text(), rows))
     written = readme_count([name for name, (found, _) in rows.items() if found == "worked"])
     readme = root / "README.md"
     text = readme.read_text()

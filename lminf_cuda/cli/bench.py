@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from lminf_cuda.cli import options
+from lminf_cuda.cli.reports import make_folder, writing
 from lminf_cuda.evaluation import speed
-from lminf_cuda.evaluation.machine import machine
+from lminf_cuda.evaluation.machine import file_name, machine
 from lminf_cuda.evaluation.tables import print_bench
+
+DEFAULT_DTYPES = [options.Dtype.float32]
 
 
 def bench(
@@ -21,12 +25,17 @@ def bench(
     head_dim: Annotated[int, typer.Option(min=2)] = 128,
     window: Annotated[int, typer.Option(min=1)] = 1024,
     n_global: options.NGlobalOption = 16,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: Annotated[
+        list[options.Dtype], typer.Option(help="May be given several times.")
+    ] = DEFAULT_DTYPES,
     device: options.DeviceOption = options.Device.cpu,
     peers: Annotated[
         str, typer.Option(help=f"Comma-separated, among {', '.join(speed.PEERS)}.")
     ] = ",".join(speed.PEERS),
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; medians are shown.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for CSV and JSON; default: none.")
+    ] = None,
 ) -> None:
     """Time the attention kernel beside FlexAttention, SDPA and a matrix product, in one run."""
     options.check_device(device)
@@ -41,7 +50,20 @@ def bench(
     torch_device = torch.device(device.value)
     with options.blamed("--peers"):
         chosen = speed.parse_peers(peers)
-    rows = speed.attention_rows(
-        shape, options.pick_dtype(dtype, device), device=torch_device, peers=chosen, rounds=rounds
-    )
-    print_bench(rows, shape, machine(torch_device))
+    if out is not None:
+        make_folder(out)
+    rows = [
+        row
+        for name in dict.fromkeys(options.pick_dtype(choice, device) for choice in dtype)
+        for row in speed.attention_rows(
+            shape, name, device=torch_device, peers=chosen, rounds=rounds
+        )
+    ]
+    facts = machine(torch_device)
+    print_bench(rows, shape, facts)
+    if out is not None:
+        with writing(out):
+            for path in speed.write_rows(
+                rows, shape, facts, out, f"attention_{file_name(facts)}_{shape.name}"
+            ):
+                print(path)

@@ -1,8 +1,10 @@
 """All that knows Hugging Face models.
 
 compat.py         every name of transformers that is not its documented interface
-patch.py          patch_model, unpatch_model, and the hooks that they put in and take out
+patch.py          patch_model, unpatch_model
+hooks.py          what a patch has run before and after a model's forwards
 attention.py      the attention function that a patched model's layers call
+description.py    what a decoder is, read off it once, at patch time
 resolve.py        what patch_model's arguments come to, layer by layer (settings.py)
 family.py         where a model type may differ from Llama; families.py: where each of them does
 own_forwards.py   forwards for attention modules that do not ask transformers' interface
