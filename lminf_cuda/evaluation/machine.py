@@ -20,24 +20,31 @@ from lminf_cuda import ops
 SPEED_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16")
 
 
-def _cpu_info(field: str) -> str:
+def _proc(file: str, name: str) -> str:
+    """What stands behind the first `name` and its colon in a file of /proc; empty for nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc", file).read_text().splitlines()
     except OSError:
         return ""
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith(field)), "")
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith(name)), "")
+
+
+def _proc_bytes(file: str, name: str) -> int | None:
+    """A number of kB there, in bytes."""
+    found = _proc(file, name).removesuffix("kB")
+    return int(found) * 1024 if found else None
 
 
 def cpu_flags() -> list[str]:
     """The instruction sets this processor has that matter for speed, as far as the system tells."""
-    flags = set((_cpu_info("flags") or _cpu_info("Features")).split())
+    flags = set((_proc("cpuinfo", "flags") or _proc("cpuinfo", "Features")).split())
     return [flag for flag in SPEED_FLAGS if flag in flags]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     facts: dict[str, Any] = {
-        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
+        "cpu": _proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "flags": cpu_flags(),
         "cores": os.cpu_count(),
         "instruction_set": ops.cpu_isa(),
@@ -81,16 +88,6 @@ def interleaved_medians(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def _process_status(name: str) -> int | None:
-    """A field of /proc/self/status in bytes, where there is one."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    values = [line.split()[1] for line in lines if line.startswith(name + ":")]
-    return int(values[0]) * 1024 if values else None
-
-
 def reset_peak_rss() -> None:
     """Start a new high-water mark of resident memory, where the system allows it (Linux)."""
     try:
@@ -101,7 +98,7 @@ def reset_peak_rss() -> None:
 
 def peak_rss_bytes() -> int:
     """Highest resident memory since `reset_peak_rss`, or since the start where it cannot."""
-    peak = _process_status("VmHWM")
+    peak = _proc_bytes("self/status", "VmHWM")
     if peak is not None:
         return peak
     unit = 1 if sys.platform == "darwin" else 1024
@@ -112,9 +109,4 @@ def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(values[0]) * 1024 if values else None
+    return _proc_bytes("meminfo", "MemAvailable")
