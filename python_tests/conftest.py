@@ -1,7 +1,7 @@
 """Fixtures that every test file shares."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import emulated
@@ -94,3 +94,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(request: pytest.FixtureRequest) -> str:
     """A device that the extension itself may have kernels for."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def single_threaded() -> Iterator[None]:
+    """For files of tiny models, whose threads would only wait for each other."""
+    from tiny_models import one_thread  # op tests do without transformers' models
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield

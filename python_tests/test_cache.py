@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_models import MODELS, one_thread, tiny_model, tokens
+from tiny_models import MODELS, tiny_model, tokens
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -21,10 +20,7 @@ N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 1e-5  # float32, logits of order 1; the sums run in another order
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 @pytest.fixture(autouse=True)

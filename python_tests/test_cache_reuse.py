@@ -7,13 +7,12 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import one_thread, tiny_model, tokens
+from tiny_models import tiny_model, tokens
 from tiny_types import tiny
 from transformers import CONFIG_MAPPING
 
@@ -27,10 +26,7 @@ TOLERANCE = 1e-5
 FAMILIES = ("llama", "llama_yarn", "llama4_text", "bloom", "gemma2", "gptj", "phi3_longrope")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 def settings_of(model: Any) -> LambdaSettings:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from test_cli import lminf
-from tiny_models import one_thread
 from typer.testing import CliRunner
 
 from lminf_cuda import cli, patch_model, unpatch_model
@@ -22,10 +21,7 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_encoder_decoder import tiny_t5
-from tiny_models import one_thread, tiny_model, tokens
+from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 
 from lminf_cuda import LambdaCache, patch_model, reference
@@ -19,10 +19,7 @@ N_GLOBAL, WINDOW = 3, 12
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 @contextmanager

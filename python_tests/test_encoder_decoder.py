@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers
 from test_patches import _LargestTensor
-from tiny_models import VOCAB, one_thread, tokens
+from tiny_models import VOCAB, tokens
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache
 
@@ -34,10 +33,7 @@ TYPES = sorted(CLASSES)
 TEXT_TYPES = sorted(CLASSES.keys() - {"pop2piano", "udop"})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 def tiny_t5(model_type: str = "t5", implementation: str = "eager", **overrides: Any) -> Any:

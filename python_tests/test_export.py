@@ -6,13 +6,12 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import one_thread, tiny_model, tokens
+from tiny_models import tiny_model, tokens
 from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.utils._pytree import tree_leaves, tree_map
@@ -24,10 +23,7 @@ SETTINGS = {"n_global": 3, "window": 12}
 FAMILIES = ("llama", "gpt_neox", "gemma2", "bloom", "phi3_longrope")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 class Uncached(nn.Module):

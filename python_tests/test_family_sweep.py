@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from family_sweep import (
     NEWEST,
@@ -22,7 +20,6 @@ from family_sweep import (
     readme_count,
     verdict,
 )
-from tiny_models import one_thread
 
 from lminf_cuda.models import families
 from lminf_cuda.models.families import ENCODER_DECODERS, FAMILIES, WRAPPERS
@@ -31,10 +28,7 @@ from lminf_cuda.models.family import Family
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 # One type for each way in which a family is served, and some that hold a language model.

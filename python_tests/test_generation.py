@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_models import MODELS, TRAINED, VOCAB, one_thread, tiny_model, tokens
+from tiny_models import MODELS, TRAINED, VOCAB, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
@@ -22,10 +21,7 @@ N_GLOBAL, WINDOW, NEW = 3, 12, 20
 NO_EOS = VOCAB  # an id that no model gives; prompt lookup of transformers 5.4 fails without one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 def patched(name: str = "llama") -> Any:

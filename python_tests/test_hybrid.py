@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import one_thread, tokens
+from tiny_models import tokens
 from tiny_types import in_pieces, tiny
 from torch import Tensor
 
@@ -26,15 +25,12 @@ SHARING = ("gemma3n_text", "gemma4_text")
 # off by up to 5e-4 from its float64 ones.
 TOLERANCE = 1e-3
 
-pytestmark = pytest.mark.skipif(
-    not recurrent_layers_are_known(), reason="this transformers' caches know no such layers"
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = [
+    pytest.mark.skipif(
+        not recurrent_layers_are_known(), reason="this transformers' caches know no such layers"
+    ),
+    pytest.mark.usefixtures("single_threaded", "without_gradients"),
+]
 
 
 def patched(model_type: str, **extra: Any) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_encoder_decoder import tiny_t5
 from test_multimodal import mllama
-from tiny_models import one_thread, tiny_model, tokens
+from tiny_models import tiny_model, tokens
 from tiny_types import tiny
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
@@ -25,10 +25,7 @@ N_GLOBAL, WINDOW = 3, 12
 TOLERANCE = 2e-4  # recurrent layers sum a chunk in another order than single tokens
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 def saved_and_loaded(cache: LambdaCache) -> LambdaCache:

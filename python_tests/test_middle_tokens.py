@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_cache import left_padded
-from tiny_models import definition, one_thread, tiny_model, tokens
+from tiny_models import definition, tiny_model, tokens
 from torch import Tensor, nn
 
 from lminf_cuda import LambdaCache, patch_model, reference
@@ -22,10 +22,7 @@ N_GLOBAL, WINDOW, TOP_K, FROM_LAYER = 3, 12, 4, 1
 TOLERANCE = 1e-5  # float32, logits of order 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 def patched(name: str = "llama", **middle: Any) -> Any:

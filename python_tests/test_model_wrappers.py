@@ -11,13 +11,12 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, one_thread, tiny_model, tokens
+from tiny_models import MODELS, tiny_model, tokens
 from tiny_types import tiny
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
@@ -48,10 +47,7 @@ def build(name: str) -> Any:
     return tiny_model(name) if name in MODELS else tiny(name)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 def assert_same(model: Any, twin: Any) -> None:

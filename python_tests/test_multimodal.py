@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from family_sweep import all_wrappers
-from tiny_models import one_thread, randomize, tokens
+from tiny_models import randomize, tokens
 from tiny_types import tiny_wrapper_config
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, DynamicCache
@@ -19,10 +18,7 @@ IMAGE_TOKEN, N_IMAGE = 60, 16  # 32 x 32 pixels in patches of 8 x 8
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread(), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded", "without_gradients")
 
 
 def tiny(model_type: str = "llava", **extra: Any) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_cli import folder, lminf  # noqa: F401  (a fixture)
-from tiny_models import one_thread
 from torch import Tensor
 
 from lminf_cuda import patch_model, unpatch_model
@@ -20,11 +18,7 @@ from lminf_cuda.cli.options import Device, Dtype
 from lminf_cuda.evaluation import passkey, plots
 from lminf_cuda.evaluation.passkey import Cell, Prompts
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 @pytest.fixture(scope="module")

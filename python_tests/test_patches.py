@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, TRAINED, definition, one_thread, tiny_model, tokens
+from tiny_models import MODELS, TRAINED, definition, tiny_model, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -32,10 +31,7 @@ ALTERNATING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss")  # a la
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 def settings_of(model: Any) -> list[tuple[int, int, int]]:

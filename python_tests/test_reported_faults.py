@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import one_thread, tiny_model, tokens
+from tiny_models import tiny_model, tokens
 from torch import Tensor
 from transformers import GenerationConfig
 
 from lminf_cuda import LambdaCache, patch_model
 from lminf_cuda.models.compat import GENERATION_CACHE, cache_keyword
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 def patched(name: str = "llama", window: int = 12) -> Any:
