@@ -9,9 +9,10 @@ import typer
 
 from lminf_cuda.cli import options
 from lminf_cuda.cli.generate import write
-from lminf_cuda.cli.loading import load, patch
+from lminf_cuda.cli.loading import load
 from lminf_cuda.evaluation.findings import mebibytes
 from lminf_cuda.evaluation.tables import console
+from lminf_cuda.models.patch import patch_model
 from lminf_cuda.text.chatting import Chat
 
 
@@ -34,7 +35,8 @@ def chat(
 ) -> None:
     """Talk with a model for as long as you like: the memory stays what it is. One turn a line."""
     loaded = load(model, dtype, device)
-    patch(loaded.model, n_global, window, max_distance)
+    with options.blamed("MODEL / --n-global / --window / --max-distance"):
+        patch_model(loaded.model, n_global=n_global, window=window, max_distance=max_distance)
     with options.blamed("--system / --temperature / --top-p"):
         talk = Chat(
             loaded.model,

@@ -10,13 +10,12 @@ import torch
 import typer
 
 from lminf_cuda.cli import options
-from lminf_cuda.cli.loading import HELD_OUT, Loaded, load, patch
+from lminf_cuda.cli.loading import HELD_OUT, Loaded, check_patch, load
 from lminf_cuda.cli.reports import make_folder, report
 from lminf_cuda.evaluation import losses
 from lminf_cuda.evaluation.findings import findings
 from lminf_cuda.evaluation.lengths import baseline_windows, check_lengths, default_lengths
 from lminf_cuda.evaluation.tables import console
-from lminf_cuda.models.patch import unpatch_model
 from lminf_cuda.models.rope import training_length
 from lminf_cuda.text.reading import Text, read_text, tokenize
 
@@ -83,8 +82,7 @@ def evaluate(
     with options.blamed("--text"):
         content = read_text(text)
     loaded = load(model, dtype, device)
-    patch(loaded.model, n_global, window, max_distance)
-    unpatch_model(loaded.model)
+    check_patch(loaded.model, n_global, window, max_distance)
     train_length = training_length(loaded.model.config)
     with options.blamed("--baseline-stride"):
         baseline_windows(2, train_length, baseline_stride)

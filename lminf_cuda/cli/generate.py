@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lminf_cuda.cli import options
-from lminf_cuda.cli.loading import load, patch
+from lminf_cuda.cli.loading import load
+from lminf_cuda.models.patch import patch_model
 from lminf_cuda.text.generating import check_sampling
 from lminf_cuda.text.generating import generate as generate_text
 from lminf_cuda.text.reading import read_text
@@ -40,7 +41,8 @@ def generate(
     with options.blamed("--prompt-file"):
         prompt = read_text(prompt_file)
     loaded = load(model, dtype, device)
-    patch(loaded.model, n_global, window, max_distance)
+    with options.blamed("MODEL / --n-global / --window / --max-distance"):
+        patch_model(loaded.model, n_global=n_global, window=window, max_distance=max_distance)
     generate_text(
         loaded.model,
         loaded.tokenizer,

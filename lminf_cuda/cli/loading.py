@@ -13,7 +13,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lminf_cuda.cli.options import Device, Dtype, blamed, check_device, pick_dtype
-from lminf_cuda.models.patch import patch_model
+from lminf_cuda.models.patch import patch_model, unpatch_model
 from lminf_cuda.text.progress import waiting
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -98,7 +98,8 @@ def load(name: str | None, dtype: Dtype, device: Device) -> Loaded:
     return Loaded(model, tokenizer, title)
 
 
-def patch(model: Any, n_global: int, window: int | None, max_distance: int | None) -> None:
+def check_patch(model: Any, n_global: int, window: int | None, max_distance: int | None) -> None:
     """Usage error when `patch_model` refuses the model or the settings."""
     with blamed("MODEL / --n-global / --window / --max-distance"):
         patch_model(model, n_global=n_global, window=window, max_distance=max_distance)
+    unpatch_model(model)
