@@ -68,6 +68,7 @@ class Chat:
         )
         self.ends = _end_tokens(model, tokenizer)
         self.cache = LambdaCache(model)
+        self.with_cache = cache_keyword(model, self.cache)
         self.unread: list[int] = []  # the last token of an answer that was cut off
 
     def reset(self) -> None:
@@ -128,9 +129,7 @@ class Chat:
 
     def _step(self, ids: Tensor) -> Tensor:
         """Logits [1, vocabulary] after ids [1, n]."""
-        output = self.model(
-            input_ids=ids, use_cache=True, logits_to_keep=1, **cache_keyword(self.model, self.cache)
-        )
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **self.with_cache)
         logits: Tensor = output.logits[:, -1]
         return logits
 
