@@ -1,6 +1,7 @@
 // Arithmetic, logic, comparisons, selection and moves.
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "decode.h"
 #include "machine.h"
@@ -8,168 +9,85 @@
 namespace lminf::interpreter {
 namespace {
 
-// --- What one lane computes ---
+// --- What one lane computes, on operands of one type ---
 
 // Integers wrap; the host's own overflow is never asked.
 template <typename T>
 using Wide = std::conditional_t<std::is_integral_v<T>, uint64_t, T>;
-template <typename T>
-T wrapped(Wide<T> x) {
-  return static_cast<T>(x);
-}
 
 template <typename T>
 T negated(T x) {
-  if constexpr (std::is_integral_v<T>) return wrapped<T>(0 - static_cast<uint64_t>(x));
+  if constexpr (std::is_integral_v<T>) return static_cast<T>(0 - static_cast<uint64_t>(x));
   return -x;
 }
+template <typename T>
+constexpr bool is_minus_one(T x) {
+  return std::is_signed_v<T> && x == static_cast<T>(-1);
+}
 
-struct Add {
-  template <typename T>
-  static T of(T x, T y) {
-    return wrapped<T>(static_cast<Wide<T>>(x) + static_cast<Wide<T>>(y));
-  }
+constexpr auto kAdd = [](auto x, auto y) {
+  return static_cast<Wide<decltype(x)>>(x) + static_cast<Wide<decltype(x)>>(y);
 };
-struct Sub {
-  template <typename T>
-  static T of(T x, T y) {
-    return wrapped<T>(static_cast<Wide<T>>(x) - static_cast<Wide<T>>(y));
-  }
+constexpr auto kSub = [](auto x, auto y) {
+  return static_cast<Wide<decltype(x)>>(x) - static_cast<Wide<decltype(x)>>(y);
 };
-struct Mul {
-  template <typename T>
-  static T of(T x, T y) {
-    return wrapped<T>(static_cast<Wide<T>>(x) * static_cast<Wide<T>>(y));
-  }
+constexpr auto kMul = [](auto x, auto y) {
+  return static_cast<Wide<decltype(x)>>(x) * static_cast<Wide<decltype(x)>>(y);
 };
-struct MulHigh {
-  template <typename T>
-  static T of(T x, T y) {
-    using Double = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
-    return static_cast<T>(static_cast<Double>(x) * static_cast<Double>(y) >> 8 * sizeof(T));
-  }
+constexpr auto kMad = [](auto x, auto y, auto z) {
+  return kMul(x, y) + static_cast<Wide<decltype(x)>>(z);
 };
-struct Div {  // by zero: all ones
-  template <typename T>
-  static T of(T x, T y) {
-    if constexpr (std::is_integral_v<T>) {
-      if (y == 0) return static_cast<T>(-1);
-      if (std::is_signed_v<T> && y == static_cast<T>(-1)) return negated(x);
-    }
-    return static_cast<T>(x / y);
-  }
+constexpr auto kMulHigh = [](auto x, auto y) {
+  using Double = std::conditional_t<std::is_signed_v<decltype(x)>, __int128, unsigned __int128>;
+  return static_cast<Double>(x) * static_cast<Double>(y) >> 8 * sizeof(x);
 };
-struct Rem {
-  template <typename T>
-  static T of(T x, T y) {
-    if (y == 0) return x;
-    if (std::is_signed_v<T> && y == static_cast<T>(-1)) return 0;
-    return static_cast<T>(x % y);
+constexpr auto kDiv = [](auto x, auto y) {  // of integers by zero: all ones
+  if constexpr (std::is_integral_v<decltype(x)>) {
+    if (y == 0) return static_cast<decltype(x)>(-1);
+    if (is_minus_one(y)) return negated(x);
   }
+  return static_cast<decltype(x)>(x / y);
 };
-struct Max {  // of a NaN and a number: the number
-  template <typename T>
-  static T of(T x, T y) {
-    if constexpr (std::is_integral_v<T>) return x > y ? x : y;
-    return x > y || y != y || (x == y && !std::signbit(x)) ? x : y;
-  }
+constexpr auto kRem = [](auto x, auto y) {
+  return y == 0 ? x : is_minus_one(y) ? decltype(x){0} : static_cast<decltype(x)>(x % y);
 };
-struct Min {
-  template <typename T>
-  static T of(T x, T y) {
-    if constexpr (std::is_integral_v<T>) return x < y ? x : y;
-    return x < y || y != y || (x == y && std::signbit(x)) ? x : y;
-  }
+constexpr auto kMax = [](auto x, auto y) {  // of a NaN and a number: the number
+  if constexpr (std::is_integral_v<decltype(x)>) return x > y ? x : y;
+  return x > y || y != y || (x == y && !std::signbit(x)) ? x : y;
 };
-struct And {
-  template <typename T>
-  static T of(T x, T y) {
-    return static_cast<T>(x & y);
-  }
+constexpr auto kMin = [](auto x, auto y) {
+  if constexpr (std::is_integral_v<decltype(x)>) return x < y ? x : y;
+  return x < y || y != y || (x == y && std::signbit(x)) ? x : y;
 };
-struct Or {
-  template <typename T>
-  static T of(T x, T y) {
-    return static_cast<T>(x | y);
-  }
-};
-struct Xor {
-  template <typename T>
-  static T of(T x, T y) {
-    return static_cast<T>(x ^ y);
-  }
-};
-struct CopySign {  // the first operand's sign on the second
-  template <typename T>
-  static T of(T x, T y) {
-    return std::copysign(y, x);
-  }
-};
-struct Neg {
-  template <typename T>
-  static T of(T x) {
-    return negated(x);
-  }
-};
-struct Not {
-  template <typename T>
-  static T of(T x) {
-    return static_cast<T>(~x);
-  }
-};
-struct Abs {
-  template <typename T>
-  static T of(T x) {
-    if constexpr (std::is_integral_v<T>) return x < 0 ? negated(x) : x;
+constexpr auto kAnd = [](auto x, auto y) { return x & y; };
+constexpr auto kOr = [](auto x, auto y) { return x | y; };
+constexpr auto kXor = [](auto x, auto y) { return x ^ y; };
+constexpr auto kNot = [](auto x) { return ~x; };
+// The first operand's sign on the second.
+constexpr auto kCopySign = [](auto x, auto y) { return std::copysign(y, x); };
+constexpr auto kNeg = [](auto x) { return negated(x); };
+constexpr auto kAbs = [](auto x) {
+  if constexpr (std::is_integral_v<decltype(x)>) {
+    return x < 0 ? negated(x) : x;
+  } else {
     return std::fabs(x);
   }
 };
-struct Sqrt {
-  template <typename T>
-  static T of(T x) {
-    return std::sqrt(x);
-  }
-};
-struct Reciprocal {
-  template <typename T>
-  static T of(T x) {
-    return T{1} / x;
-  }
-};
-struct Fma {
-  template <typename T>
-  static T of(T x, T y, T z) {
-    return std::fma(x, y, z);
-  }
-};
-struct Mad {
-  template <typename T>
-  static T of(T x, T y, T z) {
-    return Add::of(Mul::of(x, y), z);
-  }
-};
+constexpr auto kSqrt = [](auto x) { return std::sqrt(x); };
+constexpr auto kReciprocal = [](auto x) { return decltype(x){1} / x; };
+constexpr auto kFma = [](auto x, auto y, auto z) { return std::fma(x, y, z); };
 
 // --- For all lanes ---
 
-template <typename Op, typename T>
-void unary(Warp& warp, const Instruction& i, LaneMask lanes) {
+template <const auto& f, typename T, size_t... k>
+void each_lane(Warp& warp, const Instruction& i, LaneMask lanes, std::index_sequence<k...>) {
   uint64_t* d = warp.row(i.out[0]);
-  const uint64_t* a = warp.row(i.in[0]);
-  for_lanes(lanes, [&](int l) { put<T>(d[l], Op::template of<T>(get<T>(a[l]))); });
+  const uint64_t* in[] = {warp.row(i.in[k])...};
+  for_lanes(lanes, [&](int l) { put<T>(d[l], static_cast<T>(f(get<T>(in[k][l])...))); });
 }
-template <typename Op, typename T>
-void binary(Warp& warp, const Instruction& i, LaneMask lanes) {
-  uint64_t* d = warp.row(i.out[0]);
-  const uint64_t *a = warp.row(i.in[0]), *b = warp.row(i.in[1]);
-  for_lanes(lanes, [&](int l) { put<T>(d[l], Op::template of<T>(get<T>(a[l]), get<T>(b[l]))); });
-}
-template <typename Op, typename T>
-void ternary(Warp& warp, const Instruction& i, LaneMask lanes) {
-  uint64_t* d = warp.row(i.out[0]);
-  const uint64_t *a = warp.row(i.in[0]), *b = warp.row(i.in[1]), *c = warp.row(i.in[2]);
-  for_lanes(lanes, [&](int l) {
-    put<T>(d[l], Op::template of<T>(get<T>(a[l]), get<T>(b[l]), get<T>(c[l])));
-  });
+template <const auto& f, size_t kIn, typename T>
+void apply(Warp& warp, const Instruction& i, LaneMask lanes) {
+  each_lane<f, T>(warp, i, lanes, std::make_index_sequence<kIn>());
 }
 
 // Products as wide as both factors together, and a sum with them.
@@ -186,8 +104,8 @@ void multiply_add_wide(Warp& warp, const Instruction& i, LaneMask lanes) {
   uint64_t* d = warp.row(i.out[0]);
   const uint64_t *a = warp.row(i.in[0]), *b = warp.row(i.in[1]), *c = warp.row(i.in[2]);
   for_lanes(lanes, [&](int l) {
-    put<Double>(d[l], Add::of(static_cast<Double>(Double{get<T>(a[l])} * Double{get<T>(b[l])}),
-                              get<Double>(c[l])));
+    put<Double>(d[l], static_cast<Double>(
+                          kMad(Double{get<T>(a[l])}, Double{get<T>(b[l])}, get<Double>(c[l]))));
   });
 }
 
@@ -316,8 +234,7 @@ bool compare(int comparison, T x, T y) {
   }
 }
 
-struct SetPredicate {};
-template <typename, typename T>
+template <typename T>
 void set_predicate(Warp& warp, const Instruction& i, LaneMask lanes) {
   uint64_t* d = warp.row(i.out[0]);
   const uint64_t *a = warp.row(i.in[0]), *b = warp.row(i.in[1]);
@@ -373,46 +290,54 @@ void unpack(Warp& warp, const Instruction& i, LaneMask lanes) {
 
 // --- Decoding ---
 
-// The function for an instruction's type, null where there is none.
-#define LMINF_INTEGERS(function, Op) \
-  case Type::kU16:                   \
-  case Type::kB16:                   \
-    return function<Op, uint16_t>;   \
-  case Type::kS16:                   \
-    return function<Op, int16_t>;    \
-  case Type::kU32:                   \
-  case Type::kB32:                   \
-    return function<Op, uint32_t>;   \
-  case Type::kS32:                   \
-    return function<Op, int32_t>;    \
-  case Type::kU64:                   \
-  case Type::kB64:                   \
-    return function<Op, uint64_t>;   \
-  case Type::kS64:                   \
-    return function<Op, int64_t>;
-#define LMINF_FLOATS(function, Op) \
-  case Type::kF32:                 \
-    return function<Op, float>;    \
-  case Type::kF64:                 \
-    return function<Op, double>;
-#define LMINF_PICK(name, function, ...)                     \
-  template <typename Op>                                    \
-  Execute name(Type type) {                                 \
-    switch (type) { __VA_ARGS__ default : return nullptr; } \
+// Calls use(a value of the instruction's type) and gives what that gives; null for other types.
+template <typename Use>
+Execute for_integers(Type type, Use use) {
+  switch (type) {
+    case Type::kU16:
+    case Type::kB16:
+      return use(uint16_t{});
+    case Type::kS16:
+      return use(int16_t{});
+    case Type::kU32:
+    case Type::kB32:
+      return use(uint32_t{});
+    case Type::kS32:
+      return use(int32_t{});
+    case Type::kU64:
+    case Type::kB64:
+      return use(uint64_t{});
+    case Type::kS64:
+      return use(int64_t{});
+    default:
+      return nullptr;
   }
-LMINF_PICK(binary_number, binary, LMINF_INTEGERS(binary, Op) LMINF_FLOATS(binary, Op))
-LMINF_PICK(binary_integer, binary, LMINF_INTEGERS(binary, Op))
-LMINF_PICK(binary_float, binary, LMINF_FLOATS(binary, Op))
-LMINF_PICK(unary_number, unary, LMINF_INTEGERS(unary, Op) LMINF_FLOATS(unary, Op))
-LMINF_PICK(unary_integer, unary, LMINF_INTEGERS(unary, Op))
-LMINF_PICK(unary_float, unary, LMINF_FLOATS(unary, Op))
-LMINF_PICK(ternary_integer, ternary, LMINF_INTEGERS(ternary, Op))
-LMINF_PICK(ternary_float, ternary, LMINF_FLOATS(ternary, Op))
-LMINF_PICK(comparing, set_predicate,
-           LMINF_INTEGERS(set_predicate, Op) LMINF_FLOATS(set_predicate, Op))
-#undef LMINF_PICK
-#undef LMINF_FLOATS
-#undef LMINF_INTEGERS
+}
+template <typename Use>
+Execute for_floats(Type type, Use use) {
+  return type == Type::kF32   ? use(float{})
+         : type == Type::kF64 ? use(double{})
+                              : static_cast<Execute>(nullptr);
+}
+template <typename Use>
+Execute for_numbers(Type type, Use use) {
+  const Execute found = for_integers(type, use);
+  return found != nullptr ? found : for_floats(type, use);
+}
+
+// The function for an instruction's type, null where there is none.
+template <const auto& f, size_t kIn>
+Execute on_integers(Type type) {
+  return for_integers(type, [](auto x) -> Execute { return apply<f, kIn, decltype(x)>; });
+}
+template <const auto& f, size_t kIn>
+Execute on_floats(Type type) {
+  return for_floats(type, [](auto x) -> Execute { return apply<f, kIn, decltype(x)>; });
+}
+template <const auto& f, size_t kIn>
+Execute on_numbers(Type type) {
+  return for_numbers(type, [](auto x) -> Execute { return apply<f, kIn, decltype(x)>; });
+}
 
 template <Execute (*kPick)(Type), size_t kIn>
 void decode_simple(Decoder& d, const Spelling& s, Instruction& i) {
@@ -421,17 +346,17 @@ void decode_simple(Decoder& d, const Spelling& s, Instruction& i) {
   i.execute = kPick(i.type);
 }
 
-template <typename Op>
+template <const auto& f>
 void decode_logic(Decoder& d, const Spelling& s, Instruction& i) {
   d.allow(s, {});
   d.plain_operands(s, i, 1, 2);
-  i.execute = i.type == Type::kPred ? binary<Op, uint64_t> : binary_integer<Op>(i.type);
+  i.execute = i.type == Type::kPred ? apply<f, 2, uint64_t> : on_integers<f, 2>(i.type);
 }
 
 void decode_not(Decoder& d, const Spelling& s, Instruction& i) {
   d.allow(s, {});
   d.plain_operands(s, i, 1, 1);
-  i.execute = i.type == Type::kPred ? not_predicate : unary_integer<Not>(i.type);
+  i.execute = i.type == Type::kPred ? not_predicate : on_integers<kNot, 1>(i.type);
 }
 
 void decode_mul(Decoder& d, const Spelling& s, Instruction& i) {
@@ -444,9 +369,9 @@ void decode_mul(Decoder& d, const Spelling& s, Instruction& i) {
                 : i.type == Type::kU16 ? multiply_wide<uint16_t, uint32_t>
                                        : static_cast<Execute>(nullptr);
   } else if (s.has("hi")) {
-    i.execute = binary_integer<MulHigh>(i.type);
+    i.execute = on_integers<kMulHigh, 2>(i.type);
   } else {
-    i.execute = binary_number<Mul>(i.type);
+    i.execute = on_numbers<kMul, 2>(i.type);
   }
 }
 
@@ -458,7 +383,7 @@ void decode_mad(Decoder& d, const Spelling& s, Instruction& i) {
                 : i.type == Type::kU32 ? multiply_add_wide<uint32_t, uint64_t>
                                        : static_cast<Execute>(nullptr);
   } else {
-    i.execute = ternary_integer<Mad>(i.type);
+    i.execute = on_integers<kMad, 3>(i.type);
   }
 }
 
@@ -466,7 +391,7 @@ void decode_div(Decoder& d, const Spelling& s, Instruction& i) {
   d.allow(s, {"rn", "approx"});
   d.plain_operands(s, i, 1, 2);
   const bool approx = s.has("approx");
-  i.execute = !approx                ? binary_number<Div>(i.type)
+  i.execute = !approx                ? on_numbers<kDiv, 2>(i.type)
               : i.type == Type::kF32 ? divide_approx
                                      : static_cast<Execute>(nullptr);
 }
@@ -476,7 +401,7 @@ void decode_rcp(Decoder& d, const Spelling& s, Instruction& i) {
   d.plain_operands(s, i, 1, 1);
   const bool approx = s.has("approx");
   if (!approx && i.flush) d.refuse(".ftz is known of rcp.approx alone");
-  i.execute = !approx                ? unary_float<Reciprocal>(i.type)
+  i.execute = !approx                ? on_floats<kReciprocal, 1>(i.type)
               : i.type == Type::kF32 ? reciprocal_approx
                                      : static_cast<Execute>(nullptr);
 }
@@ -496,25 +421,13 @@ void decode_bit_field(Decoder& d, const Spelling& s, Instruction& i) {
 void decode_shl(Decoder& d, const Spelling& s, Instruction& i) {
   d.allow(s, {});
   d.plain_operands(s, i, 1, 2);
-  const int bytes = bytes_of(i.type);
-  i.execute = bytes == 2   ? shift_left<uint16_t>
-              : bytes == 4 ? shift_left<uint32_t>
-                           : shift_left<uint64_t>;
+  i.execute = for_integers(i.type, [](auto x) -> Execute { return shift_left<decltype(x)>; });
 }
 
 void decode_shr(Decoder& d, const Spelling& s, Instruction& i) {
   d.allow(s, {});
   d.plain_operands(s, i, 1, 2);
-  const int bytes = bytes_of(i.type);
-  if (is_signed(i.type)) {
-    i.execute = bytes == 2   ? shift_right<int16_t>
-                : bytes == 4 ? shift_right<int32_t>
-                             : shift_right<int64_t>;
-  } else {
-    i.execute = bytes == 2   ? shift_right<uint16_t>
-                : bytes == 4 ? shift_right<uint32_t>
-                             : shift_right<uint64_t>;
-  }
+  i.execute = for_integers(i.type, [](auto x) -> Execute { return shift_right<decltype(x)>; });
 }
 
 void decode_setp(Decoder& d, const Spelling& s, Instruction& i) {
@@ -526,7 +439,7 @@ void decode_setp(Decoder& d, const Spelling& s, Instruction& i) {
   if (comparison == comparisons.end()) d.refuse("the comparison is not known");
   d.plain_operands(s, i, 1, 2);
   i.mode = comparison->second;
-  i.execute = comparing<SetPredicate>(i.type);
+  i.execute = for_numbers(i.type, [](auto x) -> Execute { return set_predicate<decltype(x)>; });
 }
 
 void decode_selp(Decoder& d, const Spelling& s, Instruction& i) {
@@ -548,24 +461,24 @@ void decode_mov(Decoder& d, const Spelling& s, Instruction& i) {
 }  // namespace
 
 void add_arithmetic(OpcodeTable& table) {
-  table["add"] = decode_simple<binary_number<Add>, 2>;
-  table["sub"] = decode_simple<binary_number<Sub>, 2>;
+  table["add"] = decode_simple<on_numbers<kAdd, 2>, 2>;
+  table["sub"] = decode_simple<on_numbers<kSub, 2>, 2>;
   table["mul"] = decode_mul;
   table["mad"] = decode_mad;
-  table["fma"] = decode_simple<ternary_float<Fma>, 3>;
+  table["fma"] = decode_simple<on_floats<kFma, 3>, 3>;
   table["div"] = decode_div;
-  table["rem"] = decode_simple<binary_integer<Rem>, 2>;
-  table["max"] = decode_simple<binary_number<Max>, 2>;
-  table["min"] = decode_simple<binary_number<Min>, 2>;
-  table["neg"] = decode_simple<unary_number<Neg>, 1>;
-  table["abs"] = decode_simple<unary_number<Abs>, 1>;
-  table["sqrt"] = decode_simple<unary_float<Sqrt>, 1>;
+  table["rem"] = decode_simple<on_integers<kRem, 2>, 2>;
+  table["max"] = decode_simple<on_numbers<kMax, 2>, 2>;
+  table["min"] = decode_simple<on_numbers<kMin, 2>, 2>;
+  table["neg"] = decode_simple<on_numbers<kNeg, 1>, 1>;
+  table["abs"] = decode_simple<on_numbers<kAbs, 1>, 1>;
+  table["sqrt"] = decode_simple<on_floats<kSqrt, 1>, 1>;
   table["rcp"] = decode_rcp;
   table["ex2"] = decode_exp2;
-  table["copysign"] = decode_simple<binary_float<CopySign>, 2>;
-  table["and"] = decode_logic<And>;
-  table["or"] = decode_logic<Or>;
-  table["xor"] = decode_logic<Xor>;
+  table["copysign"] = decode_simple<on_floats<kCopySign, 2>, 2>;
+  table["and"] = decode_logic<kAnd>;
+  table["or"] = decode_logic<kOr>;
+  table["xor"] = decode_logic<kXor>;
   table["not"] = decode_not;
   table["shl"] = decode_shl;
   table["shr"] = decode_shr;
