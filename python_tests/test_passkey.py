@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,29 @@ def test_prompts(shipped: Any, length: int, depth: float) -> None:
     begin, needle = len(passkey.INTRODUCTION), text.index("\nThe pass key is 31415")
     n_filler = length - prompts.shortest()
     assert abs((needle - begin) - depth * n_filler) <= 1
+
+
+class Wrapping:
+    """A tokenizer that puts its own tokens around a text."""
+
+    def __init__(self, before: list[int], after: list[int]) -> None:
+        self.before, self.after = before, after
+        self.bos_token_id = 1  # named, whether it is added or not
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        ids = [ord(c) for c in text]
+        return SimpleNamespace(
+            input_ids=self.before + ids + self.after if add_special_tokens else ids
+        )
+
+
+@pytest.mark.parametrize(("before", "after"), [([], []), ([1], []), ([1], [2]), ([], [2])])
+def test_a_prompt_begins_with_what_the_tokenizer_adds_itself(
+    before: list[int], after: list[int]
+) -> None:
+    ids = Prompts(Wrapping(before, after)).prompt(500, 0.5, "31415")
+    assert ids[: len(before) + 1] == [*before, ord(passkey.INTRODUCTION[0])]
+    assert 2 not in ids
 
 
 def test_a_prompt_without_room_is_refused(shipped: Any) -> None:
@@ -147,3 +171,49 @@ def test_an_unsupported_model_is_named(folder: Path) -> None:  # noqa: F811
     code, output = lminf("passkey", folder / "gpt2")
     assert code == 2
     assert "model type 'gpt2' is not supported" in output
+
+
+def test_a_run_that_was_broken_off_goes_on_where_it_was(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = (
+        *("passkey", folder / "llama", "--lengths", "512,600", "--depths", "0,1", "--trials", 2),
+        *("--dtype", "float32", "--window", 16, "--middle-top-k", 0, "--seed", 5),
+    )
+    write_on, asked = passkey.write_on, []
+
+    def until_the_third(model: Any, prompts: Tensor, n_tokens: int, chunk: int) -> Tensor:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(prompts.shape[1])
+        return write_on(model, prompts, n_tokens, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passkey, "write_on", until_the_third)
+        assert lminf(*command, "--out", tmp_path / "a")[0] != 0
+    facts = json.loads((tmp_path / "a" / "passkey.json").read_text())
+    assert len(facts["cells"]) == 2 and not facts["finished"]
+
+    asked.clear()
+    monkeypatch.setattr(
+        passkey,
+        "write_on",
+        lambda model, prompts, n, chunk: (
+            asked.append(prompts) or write_on(model, prompts, n, chunk)
+        ),
+    )
+    code, output = lminf(*command, "--out", tmp_path / "a")
+    assert code == 0 and "goes on with the run" in output
+    assert len(asked) == 2
+    rest = [prompts.clone() for prompts in asked]
+    asked.clear()
+    assert lminf(*command, "--out", tmp_path / "b")[0] == 0
+    assert len(asked) == 4
+    assert all(torch.equal(a, b) for a, b in zip(rest, asked[2:], strict=True))  # the same keys
+    csvs = [(tmp_path / name / "passkey.csv").read_text() for name in "ab"]
+    assert csvs[0] == csvs[1]
+    settings = json.loads((tmp_path / "b" / "passkey.json").read_text())["settings"]
+    assert (settings["max_distance"], settings["chunk"]) == (16, 1024)
+    assert settings["machine"]["threads"] and settings["transformers"]

@@ -1,4 +1,4 @@
-"""The command `lminf`: evaluate, generate, passkey, chat, demo, bench, info; a file each.
+"""The command `lminf`: evaluate, generate, passkey, diagnose, tune and others; a file each.
 
 options.py says what their arguments stand for, loading.py brings the model, reports.py writes what
 came of it.
@@ -13,7 +13,18 @@ from typing import NoReturn
 
 import typer
 
-from lminf_cuda.cli import bench, chat, demo, evaluate, generate, info, passkey
+from lminf_cuda.cli import (
+    bench,
+    chat,
+    demo,
+    diagnose,
+    evaluate,
+    generate,
+    info,
+    passkey,
+    speed,
+    tune,
+)
 from lminf_cuda.cli.reports import CannotWriteError
 
 app = typer.Typer(
@@ -26,6 +37,9 @@ for command in (
     evaluate.evaluate,
     generate.generate,
     passkey.passkey,
+    diagnose.diagnose,
+    tune.tune,
+    speed.speed,
     chat.chat,
     demo.demo,
     bench.bench,

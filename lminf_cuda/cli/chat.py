@@ -9,7 +9,7 @@ import typer
 
 from lminf_cuda.cli import options
 from lminf_cuda.cli.generate import write
-from lminf_cuda.cli.loading import load
+from lminf_cuda.cli.loading import check_patch, load
 from lminf_cuda.evaluation.findings import mebibytes
 from lminf_cuda.evaluation.tables import console
 from lminf_cuda.models.patch import patch_model
@@ -29,14 +29,17 @@ def chat(
     n_global: options.NGlobalOption = 16,
     window: options.WindowOption = None,
     max_distance: options.MaxDistanceOption = None,
+    middle_top_k: options.MiddleTopKOption = 0,
+    middle_from_layer: options.MiddleFromLayerOption = 4,
     dtype: options.DtypeOption = options.Dtype.auto,
     device: options.DeviceOption = options.Device.cpu,
     chunk: options.ChunkOption = 1024,
 ) -> None:
     """Talk with a model for as long as you like: the memory stays what it is. One turn a line."""
     loaded = load(model, dtype, device)
-    with options.blamed("MODEL / --n-global / --window / --max-distance"):
-        patch_model(loaded.model, n_global=n_global, window=window, max_distance=max_distance)
+    patch = options.patch_arguments(n_global, window, max_distance, middle_top_k, middle_from_layer)
+    check_patch(loaded.model, patch)
+    patch_model(loaded.model, **patch)
     with options.blamed("--system / --temperature / --top-p"):
         talk = Chat(
             loaded.model,

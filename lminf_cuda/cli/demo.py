@@ -47,7 +47,15 @@ def demo(
         "--longest sets how many)",
         highlight=False,
     )
-    result = run_evaluation(loaded, text, lengths, vanilla_seconds=vanilla_seconds)
+    result = run_evaluation(
+        loaded,
+        text,
+        lengths,
+        source=HELD_OUT,
+        train_length=train_length,
+        out=out,
+        vanilla_seconds=vanilla_seconds,
+    )
 
     prompt = content[:DEMO_PROMPT]
     screen.print(

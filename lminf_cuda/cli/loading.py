@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,8 +13,12 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lminf_cuda
 from lminf_cuda.cli.options import Device, Dtype, blamed, check_device, pick_dtype
+from lminf_cuda.evaluation.machine import machine
 from lminf_cuda.models.patch import patch_model, unpatch_model
+from lminf_cuda.models.rope import training_length
+from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
 from lminf_cuda.text.progress import waiting
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
@@ -98,8 +103,40 @@ def load(name: str | None, dtype: Dtype, device: Device) -> Loaded:
     return Loaded(model, tokenizer, title)
 
 
-def check_patch(model: Any, n_global: int, window: int | None, max_distance: int | None) -> None:
-    """Usage error when `patch_model` refuses the model or the settings."""
-    with blamed("MODEL / --n-global / --window / --max-distance"):
-        patch_model(model, n_global=n_global, window=window, max_distance=max_distance)
+def check_patch(model: Any, patch: dict[str, Any]) -> dict[str, int]:
+    """What `patch_model` makes of its arguments; a usage error when it refuses them."""
+    with blamed("MODEL / --n-global / --window / --max-distance / --middle-from-layer"):
+        patch_model(model, **patch)
+    settings = getattr(model, SETTINGS_ATTRIBUTE)
+    names = ["n_global", "window", "max_distance"]
+    if settings.middle_top_k:
+        names += ["middle_top_k", "middle_from_layer", "middle_distance"]
+    resolved = {name: getattr(settings, name) for name in names}
     unpatch_model(model)
+    return resolved
+
+
+def trained_length(model: Any, given: int | None) -> int:
+    """--train-length, or what the model's config says; a usage error where neither is there."""
+    if given is not None:
+        return given
+    with blamed("MODEL / --train-length"):
+        return training_length(model.config)
+
+
+def run_facts(loaded: Loaded, text: Path | None = None) -> dict[str, Any]:
+    """What a run's results are to be read with: model, text, versions, threads and machine."""
+    facts: dict[str, Any] = {
+        "model": loaded.name,
+        "parameters": loaded.model.num_parameters(),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": str(loaded.model.device),
+    }
+    if text is not None:
+        facts["text"] = text.name
+        facts["text_sha256"] = hashlib.sha256(text.read_bytes()).hexdigest()
+    return facts | {
+        "lminf_cuda": lminf_cuda.__version__,
+        "transformers": transformers.__version__,
+        "machine": machine(loaded.model.device),
+    }

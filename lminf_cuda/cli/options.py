@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -58,12 +58,42 @@ DtypeOption = Annotated[
     Dtype, typer.Option(help="auto: bfloat16 on a GPU or a CPU with AMX, else float32.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="Where the model runs.")]
+MiddleTopKOption = Annotated[
+    int, typer.Option(min=0, help="Middle tokens per head (the paper: 5); 0: none.")
+]
+MiddleFromLayerOption = Annotated[int, typer.Option(min=0, help="First layer with middle tokens.")]
+TrainLengthOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens the model was trained on at once; default: its config's."),
+]
+TextOption = Annotated[
+    Path,
+    typer.Option(help="A long UTF-8 text file.", show_default="the shipped model's held-out text"),
+]
 ChunkOption = Annotated[int, typer.Option(min=1, help="Tokens of the text per forward.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for the CSV, JSON and PNG.")]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")
 ]
 TemperatureOption = Annotated[float, typer.Option(help="Above 0.")]
+
+
+def patch_arguments(
+    n_global: int,
+    window: int | None,
+    max_distance: int | None,
+    middle_top_k: int = 0,
+    middle_from_layer: int = 4,
+) -> dict[str, Any]:
+    """What the options come to as arguments of `patch_model`."""
+    arguments: dict[str, Any] = {
+        "n_global": n_global,
+        "window": window,
+        "max_distance": max_distance,
+    }
+    if middle_top_k:
+        arguments |= {"middle_top_k": middle_top_k, "middle_from_layer": middle_from_layer}
+    return arguments
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lminf_cuda.cli import options
-from lminf_cuda.cli.loading import load
+from lminf_cuda.cli.loading import check_patch, load, run_facts, trained_length
 from lminf_cuda.cli.reports import make_folder, report_passkeys
 from lminf_cuda.evaluation import passkey as retrieval
-from lminf_cuda.models.patch import patch_model, unpatch_model
-from lminf_cuda.models.rope import training_length
+from lminf_cuda.evaluation.tables import console
 
 
 def passkey(
@@ -32,10 +32,8 @@ def passkey(
     vanilla: Annotated[
         bool, typer.Option("--vanilla", help="Ask the unpatched model, too.")
     ] = False,
-    middle_top_k: Annotated[
-        int, typer.Option(min=0, help="Middle tokens per head (the paper: 5); 0: none.")
-    ] = 0,
-    middle_from_layer: Annotated[int, typer.Option(min=0, help="First layer with them.")] = 4,
+    middle_top_k: options.MiddleTopKOption = 0,
+    middle_from_layer: options.MiddleFromLayerOption = 4,
     n_global: options.NGlobalOption = 16,
     window: options.WindowOption = None,
     max_distance: options.MaxDistanceOption = None,
@@ -52,17 +50,30 @@ def passkey(
     with options.blamed("--depths"):
         places = options.parse_depths(depths)
     loaded = load(model, dtype, device)
-    patch: dict[str, Any] = {"n_global": n_global, "window": window, "max_distance": max_distance}
-    if middle_top_k:
-        patch |= {"middle_top_k": middle_top_k, "middle_from_layer": middle_from_layer}
-    with options.blamed("MODEL / --n-global / --window / --max-distance / --middle-from-layer"):
-        patch_model(loaded.model, **patch)
-        unpatch_model(loaded.model)
+    patch = options.patch_arguments(n_global, window, max_distance, middle_top_k, middle_from_layer)
+    resolved = check_patch(loaded.model, patch)
     with options.blamed("--lengths / --depths"):
         prompts = retrieval.Prompts(loaded.tokenizer)
-        wanted = wanted or prompts.default_lengths(training_length(loaded.model.config))
+        wanted = wanted or prompts.default_lengths(trained_length(loaded.model, None))
         retrieval.check_grid(prompts, wanted, places)
     make_folder(out)
+    settings = run_facts(loaded) | resolved
+    settings |= {
+        "trials": trials,
+        "seed": seed,
+        "chunk": chunk,
+        "vanilla": vanilla,
+        "lengths": wanted,
+        "depths": places,
+    }
+    known = retrieval.read_unfinished(settings, out)
+    if known:
+        console().print("goes on with the run that was broken off", highlight=False)
+
+    def write(results: dict[str, list[retrieval.Cell]]) -> None:
+        with suppress(OSError):  # at the end it is tried once more, and said
+            retrieval.write_results(results, settings, out, finished=False)
+
     results = retrieval.compare(
         loaded.model,
         loaded.tokenizer,
@@ -70,15 +81,11 @@ def passkey(
         places,
         vanilla=vanilla,
         patch=patch,
+        known=known,
+        after_each=write,
         trials=trials,
         chunk=chunk,
         seed=seed,
     )
-    settings = patch | {
-        "model": loaded.name,
-        "trials": trials,
-        "seed": seed,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-    }
     title = f"{loaded.name}: passkeys found, {trials} keys per field"
     report_passkeys(results, settings, title, out)

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from lminf_cuda.cli.options import blamed
+from lminf_cuda.evaluation import diagnosis, model_speed, tuning
 from lminf_cuda.evaluation.findings import mebibytes
 from lminf_cuda.evaluation.losses import Evaluation, write_results
 from lminf_cuda.evaluation.passkey import Cell
 from lminf_cuda.evaluation.passkey import write_results as write_passkeys
-from lminf_cuda.evaluation.tables import console, evaluation_table, passkey_table
+from lminf_cuda.evaluation.tables import (
+    console,
+    diagnosis_table,
+    evaluation_table,
+    passkey_table,
+    speed_table,
+    tuning_table,
+)
 
 
 class CannotWriteError(Exception):
@@ -81,3 +89,58 @@ def report_passkeys(
             screen.print(passkey_table(method, cells))
     screen.print(f"table: {out / 'passkey.csv'}", highlight=False, soft_wrap=True)
     screen.print(f"plot:  {out / 'passkey.png'}", highlight=False, soft_wrap=True)
+
+
+def report_diagnosis(result: diagnosis.Diagnosis, settings: dict[str, Any], out: Path) -> None:
+    """As `report`, of a diagnosis."""
+    from lminf_cuda.evaluation.plot_diagnosis import plot_diagnosis
+
+    screen = console()
+    rows = diagnosis.layer_numbers(result)
+    title = (
+        f"{settings['model']} over {result.n_tokens:,} tokens, {settings['dtype']}; LM-Infinite: "
+        f"n_global {settings['n_global']}, window {settings['window']:,}"
+    )
+    try:
+        with writing(out):
+            diagnosis.write_results(result, rows, settings, out)
+            plot_diagnosis(result, title, out / "diagnosis.png")
+    finally:
+        screen.print(diagnosis_table(rows))
+        for sentence in diagnosis.findings(result, rows):
+            screen.print(sentence, highlight=False)
+    screen.print(f"table: {out / 'diagnosis.csv'}", highlight=False, soft_wrap=True)
+    screen.print(f"plot:  {out / 'diagnosis.png'}", highlight=False, soft_wrap=True)
+
+
+def report_tuning(result: tuning.Tuning, settings: dict[str, Any], out: Path) -> None:
+    """As `report`, of a search for the shape."""
+    from lminf_cuda.evaluation.plot_tuning import plot_tuning
+
+    screen = console()
+    title = f"{settings['model']} over {settings['length']:,} tokens, {settings['dtype']}"
+    try:
+        with writing(out):
+            tuning.write_results(result, settings, out)
+            plot_tuning(result, title, out / "tuning.png")
+    finally:
+        screen.print(tuning_table(result))
+        screen.print(
+            f"read {result.tokens_read:,} tokens in {result.seconds:,.0f} s; a grid reads "
+            f"{result.grid_tokens:,}",
+            highlight=False,
+        )
+        screen.print(f"take: patch_model(model, {result.best.shape})", highlight=False)
+    screen.print(f"table: {out / 'tuning.csv'}", highlight=False, soft_wrap=True)
+    screen.print(f"plot:  {out / 'tuning.png'}", highlight=False, soft_wrap=True)
+
+
+def report_speed(rows: list[model_speed.SpeedRow], settings: dict[str, Any], out: Path) -> None:
+    """As `report`, of the speed of a model, without a plot."""
+    screen = console()
+    try:
+        with writing(out):
+            model_speed.write_results(rows, settings, out)
+    finally:
+        screen.print(speed_table(rows))
+    screen.print(f"table: {out / 'speed.csv'}", highlight=False, soft_wrap=True)

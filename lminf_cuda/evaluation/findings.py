@@ -18,6 +18,14 @@ def _past_training(evaluation: Evaluation, method: str) -> list[Row]:
     ]
 
 
+def difference_to_cut(evaluation: Evaluation, row: Row) -> float | None:
+    """How far a row of LM-Infinite is above the cut baseline; None where that has no loss."""
+    if row.above_cut is not None:
+        return row.above_cut
+    cut = evaluation.row(CUT, row.length).nats_per_token
+    return None if cut is None or row.nats_per_token is None else row.nats_per_token - cut
+
+
 def _sentence(reasons: Sequence[str], facts: str) -> str:
     return f"Shown: {facts}." if not reasons else f"NOT shown ({'; '.join(reasons)}): {facts}."
 
@@ -41,31 +49,38 @@ def findings(evaluation: Evaluation, *, tolerance: float = 0.03) -> list[str]:
     start = before.nats_per_token or 0.0
     end = vanilla[-1].nats_per_token or 0.0
     losses = [row.nats_per_token or 0.0 for row in ours]
-    above = {
-        row.length: loss - (evaluation.row(CUT, row.length).nats_per_token or 0.0)
-        for row, loss in zip(ours, losses, strict=True)
-    }
-    worst = max(above, key=lambda length: above[length])
+    differences = [(row.length, difference_to_cut(evaluation, row)) for row in ours]
+    above = {length: x for length, x in differences if x is not None}
     fluent = (
         f"past the training length of {evaluation.train_length:,} tokens vanilla goes from "
         f"{start:.2f} nats per token at {before.length:,} to {end:.2f} at {vanilla[-1].length:,}, "
         f"LM-Infinite is between {min(losses):.2f} and {max(losses):.2f} up to "
-        f"{ours[-1].length:,} tokens and, on the same tokens, at worst {abs(above[worst]):.3f} "
-        f"nats {'above' if above[worst] > 0 else 'below'} the model recomputed on a cut context "
-        f"(at {worst:,})"
+        f"{ours[-1].length:,} tokens"
     )
     reasons = []
     if end - start <= 0.1:
         reasons.append("vanilla's loss does not grow")
-    if above[worst] > tolerance:
-        reasons.append(f"LM-Infinite is more than {tolerance:g} nats above the cut baseline")
+    if above:
+        worst = max(above, key=lambda length: above[length])
+        fluent += (
+            f" and, on the same tokens, at worst {abs(above[worst]):.3f} nats "
+            f"{'above' if above[worst] > 0 else 'below'} the model recomputed on a cut context (at "
+            f"{worst:,})"
+        )
+        if above[worst] > tolerance:
+            reasons.append(f"LM-Infinite is more than {tolerance:g} nats above the cut baseline")
 
-    speed, cut_speed = (evaluation.traces[m].tokens_per_second for m in (LM_INFINITE, CUT))
+    speed = evaluation.traces[LM_INFINITE].tokens_per_second
+    cut_speed = evaluation.traces[CUT].tokens_per_second if CUT in evaluation.traces else 0.0
     sizes = [row.cache_bytes or 0 for row in evaluation.rows if row.method == LM_INFINITE]
-    cost = (
-        f"LM-Infinite reads {speed:,.0f} tokens/s where recomputing every "
-        f"{evaluation.settings['baseline_stride']} tokens reads {cut_speed:,.0f} "
-        f"(a ratio of {speed / cut_speed:.1f}), and its cache takes {mebibytes(sizes[0])} at "
+    cost = f"LM-Infinite reads {speed:,.0f} tokens/s"
+    if cut_speed:
+        cost += (
+            f" where recomputing every {evaluation.settings['baseline_stride']} tokens reads "
+            f"{cut_speed:,.0f} (a ratio of {speed / cut_speed:.1f})"
+        )
+    cost += (
+        f", and its cache takes {mebibytes(sizes[0])} at "
         f"{evaluation.lengths[0]:,} tokens and {mebibytes(sizes[-1])} at "
         f"{evaluation.lengths[-1]:,}, vanilla's {mebibytes(vanilla[-1].cache_bytes or 0)} at "
         f"{vanilla[-1].length:,}"

@@ -49,22 +49,22 @@ def chunk_bounds(lengths: Sequence[int], chunk: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def baseline_windows(n_tokens: int, train_length: int, stride: int) -> list[tuple[int, int, int]]:
+def baseline_windows(n_tokens: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows (start, first, end) of the cut baseline: read [start, end - 1), score [first, end).
 
-    Every token but the first is scored exactly once, past the training length with at least the
-    last train_length - stride + 1 tokens before it and at most train_length.
+    Every token but the first is scored exactly once, past the context's length with at least the
+    last context - stride + 1 tokens before it and at most context.
 
-    Raises ValueError unless 1 <= stride <= train_length.
+    Raises ValueError unless 1 <= stride <= context.
     """
-    if not 1 <= stride <= train_length:
+    if not 1 <= stride <= context:
         raise ValueError(
-            f"baseline stride must be 1 to the training length {train_length}, got {stride}"
+            f"baseline stride must be 1 to its context of {context} tokens, got {stride}"
         )
     windows = []
     first = 1
     while first < n_tokens:
-        end = min(train_length + 1 if first == 1 else first + stride, n_tokens)
-        windows.append((max(0, end - 1 - train_length), first, end))
+        end = min(context + 1 if first == 1 else first + stride, n_tokens)
+        windows.append((max(0, end - 1 - context), first, end))
         first = end
     return windows

@@ -7,8 +7,10 @@ share of keys that it writes first when it goes on greedily.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,16 @@ class Cell:
         return self.found / self.trials
 
 
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text by itself: a bos token, or nothing."""
+    bare: list[int] = tokenizer("x", add_special_tokens=False, verbose=False).input_ids
+    whole: list[int] = tokenizer("x", verbose=False).input_ids
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
+
+
 class Prompts:
     """Builds prompts of an exact length, token by token.
 
@@ -67,8 +79,7 @@ class Prompts:
     def __init__(self, tokenizer: Any) -> None:
         """See the class."""
         self.tokenizer = tokenizer
-        bos = getattr(tokenizer, "bos_token_id", None)
-        self.begin = ([] if bos is None else [bos]) + self._tokens(INTRODUCTION)
+        self.begin = begin_tokens(tokenizer) + self._tokens(INTRODUCTION)
         self.filler = self._tokens(FILLER)
         self.question = self._tokens(QUESTION)
 
@@ -155,6 +166,8 @@ def retrieve(
     chunk: int = 1024,
     seed: int = 0,
     label: str = "passkey",
+    known: Sequence[Cell] = (),
+    after_each: Callable[[list[Cell]], object] = lambda cells: None,
 ) -> list[Cell]:
     """Asks for a random key at every length and depth, `trials` times, in one batch each.
 
@@ -165,6 +178,8 @@ def retrieve(
         trials: 1 or more.
         chunk: tokens of the prompt per forward, in a patched model.
         seed: of the keys.
+        known: cells that are there already, from the same arguments.
+        after_each: called with the cells so far after each one.
 
     Raises ValueError when an option is out of range.
     """
@@ -173,19 +188,24 @@ def retrieve(
     prompts = Prompts(tokenizer)
     check_grid(prompts, lengths, depths)
     generator = torch.Generator().manual_seed(seed)
-    cells = []
+    cells: list[Cell] = []
+    by_place = {(cell.length, cell.depth): cell for cell in known}
     grid = [(length, depth) for length in lengths for depth in depths]
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     with progress(trials * len(depths) * sum(lengths), label, "tok") as bar:
         for length, depth in grid:
             draws = torch.randint(low, high, (trials,), generator=generator, device="cpu")
             keys = [str(key) for key in draws.tolist()]
+            if (length, depth) in by_place:
+                cells.append(by_place[length, depth])
+                continue
             rows = [prompts.prompt(length, depth, key) for key in keys]
             ids = torch.tensor(rows, device=model.device)
             answers = write_on(model, ids, prompts.answer_tokens(), chunk)
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             found = sum(text.strip().startswith(key) for text, key in zip(texts, keys, strict=True))
             cells.append(Cell(length, depth, trials, found))
+            after_each(cells)
             bar.update(trials * length)
     return cells
 
@@ -198,6 +218,8 @@ def compare(
     *,
     vanilla: bool = False,
     patch: dict[str, Any],
+    known: dict[str, list[Cell]] | None = None,
+    after_each: Callable[[dict[str, list[Cell]]], object] = lambda results: None,
     **options: Any,
 ) -> dict[str, list[Cell]]:
     """`retrieve` with LM-Infinite, with its middle tokens if it has some, and with vanilla.
@@ -206,32 +228,70 @@ def compare(
         model: an unpatched causal LM; it is unpatched again on return.
         vanilla: whether the unpatched model is asked, too.
         patch: the arguments of `patch_model`.
+        known: cells of each method that are there already, from the same arguments.
+        after_each: called with all cells so far after each one.
         options: of `retrieve`.
 
     Returns: the cells of each method.
     """
-    methods: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, Any] | None] = {}
     if patch.get("middle_top_k"):
         methods["LM-Infinite, middle tokens"] = patch
     no_middle = {name: x for name, x in patch.items() if not name.startswith("middle_")}
     methods["LM-Infinite"] = no_middle
-    results = {}
-    for name, arguments in methods.items():
-        patch_model(model, **arguments)
-        try:
-            results[name] = retrieve(model, tokenizer, lengths, depths, label=name, **options)
-        finally:
-            unpatch_model(model)
     if vanilla:
-        results["vanilla"] = retrieve(model, tokenizer, lengths, depths, label="vanilla", **options)
+        methods["vanilla"] = None
+    results: dict[str, list[Cell]] = {}
+
+    def keep(name: str, cells: list[Cell]) -> None:
+        after_each(results | {name: cells})
+
+    for name, arguments in methods.items():
+        if arguments is not None:
+            patch_model(model, **arguments)
+        try:
+            results[name] = retrieve(
+                model,
+                tokenizer,
+                lengths,
+                depths,
+                label=name,
+                known=(known or {}).get(name, ()),
+                after_each=partial(keep, name),
+                **options,
+            )
+        finally:
+            if arguments is not None:
+                unpatch_model(model)
     return results
 
 
-def write_results(results: dict[str, list[Cell]], settings: dict[str, Any], folder: Path) -> None:
+def read_unfinished(settings: dict[str, Any], folder: Path) -> dict[str, list[Cell]]:
+    """The cells of each method that a run with the same settings wrote before it was broken off."""
+    path = folder / "passkey.json"
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+        if facts["finished"] or facts["settings"] != json.loads(json.dumps(settings)):
+            return {}
+        names = ("length", "depth", "trials", "found")
+        found: dict[str, list[Cell]] = {}
+        for row in facts["cells"]:
+            found.setdefault(row["method"], []).append(Cell(*(row[name] for name in names)))
+        return found
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def write_results(
+    results: dict[str, list[Cell]], settings: dict[str, Any], folder: Path, finished: bool = True
+) -> None:
     """Write passkey.csv (one line a cell) and passkey.json (cells and settings)."""
     rows = [
         {"method": method, **asdict(cell), "accuracy": cell.accuracy}
         for method, cells in results.items()
         for cell in cells
     ]
-    write_records(folder, "passkey", rows, {"settings": settings, "cells": rows})
+    facts = {"settings": settings, "finished": finished, "cells": rows}
+    write_records(folder, "passkey", rows, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ WIDTHS = {VANILLA: 1.5, LM_INFINITE: 1.5, CUT: 6.0}
 LABELS = {
     VANILLA: "vanilla, growing cache",
     LM_INFINITE: "LM-Infinite, fixed cache",
-    CUT: "cut to the training length, recomputed",
+    CUT: "cut context, recomputed",
 }
 
 
@@ -28,19 +29,27 @@ def bucket_means(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means of values[t], t = 0.., over buckets of position t + 1 that widen with the position.
 
-    Returns (positions, means): the geometric middle of each non-empty bucket and its mean.
+    Values that are nan are left out, and so are buckets without any other.
+
+    Returns (positions, means): the geometric middle of each bucket and its mean.
     """
     if len(values) == 0:
         return np.empty(0), np.empty(0)
     octaves = int(np.ceil(np.log2(len(values)))) + 1
     edges = np.unique(np.ceil(2 ** (np.arange(octaves * per_octave + 1) / per_octave)).astype(int))
     edges = np.append(edges[edges <= len(values)], len(values) + 1)
-    means = np.add.reduceat(values.astype(np.float64), edges[:-1] - 1) / np.diff(edges)
-    return np.sqrt(edges[:-1] * (edges[1:] - 1.0)), means
+    is_number = np.isfinite(values)
+    counts = np.add.reduceat(is_number.astype(np.float64), edges[:-1] - 1)
+    sums = np.add.reduceat(np.where(is_number, values, 0.0).astype(np.float64), edges[:-1] - 1)
+    filled = counts > 0
+    positions = np.sqrt(edges[:-1] * (edges[1:] - 1.0))
+    return positions[filled], sums[filled] / counts[filled]
 
 
-def _mark_training_length(axes: Axes, train_length: int) -> None:
+def _mark_training_length(axes: Axes, train_length: int, with_name: bool) -> None:
     axes.axvline(train_length, color="black", linewidth=0.8, linestyle=":")
+    if not with_name:
+        return
     axes.annotate(
         f"training length {train_length:,}",
         (train_length, 1.0),
@@ -62,11 +71,33 @@ def _length_axis(axes: Axes, lengths: list[int]) -> None:
     axes.grid(alpha=0.25)
 
 
+def memory_ticks(low: float, high: float) -> list[float]:
+    """Round numbers in low..high and next to it on either side, two of them at least."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    rounds = [step * 10.0**n for n in decades for step in steps]
+    first = max((n for n, x in enumerate(rounds) if x <= low), default=0)
+    last = min((n for n, x in enumerate(rounds) if x >= high), default=len(rounds) - 1)
+    return rounds[first : last + 1]
+
+
 def _plot_loss(axes: Axes, evaluation: Evaluation) -> None:
     for method in (CUT, VANILLA, LM_INFINITE):
+        if method not in evaluation.traces:
+            continue
         trace = evaluation.traces[method]
         positions, means = bucket_means(trace.nats)
         shown = positions >= evaluation.lengths[0] / 8
+        if trace.sampled:  # few of the tokens, which are no curve
+            axes.scatter(
+                *_row_means(evaluation, method),
+                color=COLORS[method],
+                marker="D",
+                s=36,
+                zorder=3,
+                label=f"{LABELS[method]} (samples)",
+            )
+            continue
         axes.plot(
             positions[shown],
             means[shown],
@@ -87,39 +118,64 @@ def _plot_loss(axes: Axes, evaluation: Evaluation) -> None:
             )
     axes.set_ylabel("negative log likelihood (nats per token)")
     axes.set_title("Loss by position")
-    axes.legend(fontsize=8, loc="center right")
+
+
+def _row_means(evaluation: Evaluation, method: str) -> tuple[list[float], list[float]]:
+    """The middle of each row, and LM-Infinite's mean there less how far it is above the method's.
+
+    So samples of tokens that happen to be hard or easy stand beside the curve of all tokens.
+    """
+    middles, means = [], []
+    for first, length in pairwise([1, *evaluation.lengths]):
+        ours, row = evaluation.row(LM_INFINITE, length), evaluation.row(method, length)
+        if ours.nats_per_token is None or row.nats_per_token is None:
+            continue
+        middles.append(float(np.sqrt(first * length)) if first > 1 else length / 2)
+        means.append(ours.nats_per_token - (ours.above_cut or 0.0))
+    return middles, means
 
 
 def _plot_memory(axes: Axes, evaluation: Evaluation) -> None:
+    low, high = np.inf, 0.0
     for method in (VANILLA, LM_INFINITE):
         trace = evaluation.traces[method]
         sizes = np.array(trace.cache_bytes) / 2**20
-        axes.plot(trace.ends, sizes, color=COLORS[method], label=LABELS[method])
-        if trace.stopped and len(sizes):
-            axes.plot(trace.ends[-1], sizes[-1], "x", color=COLORS[method])
+        axes.plot(trace.ends, sizes, color=COLORS[method])
+        if len(sizes):
+            low, high = min(low, sizes.min()), max(high, sizes.max())
+            if trace.stopped:
+                axes.plot(trace.ends[-1], sizes[-1], "x", color=COLORS[method])
     axes.set_yscale("log")
+    if high:
+        ticks = memory_ticks(low, high)
+        axes.set_ylim(min(ticks[0], 0.9 * low), max(ticks[-1], 1.1 * high))
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylabel("keys and values kept (MiB)")
     axes.set_title("Cache memory")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.12, 1.0))
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Write a PNG: loss by position (means over buckets) and the bytes of each cache."""
-    figure = Figure(figsize=(12, 4.5))
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     loss, memory = figure.subplots(1, 2, width_ratios=(3, 2))
     _plot_loss(loss, evaluation)
     _plot_memory(memory, evaluation)
     for axes in (loss, memory):
         _length_axis(axes, evaluation.lengths)
-        _mark_training_length(axes, evaluation.train_length)
+        _mark_training_length(axes, evaluation.train_length, axes is loss)
+        axes.set_xlim(evaluation.lengths[0] / 10, 1.15 * evaluation.lengths[-1])
     settings = evaluation.settings
-    figure.suptitle(
+    title = (
         f"{settings.get('model', 'model')}: n_global {settings['n_global']}, "
-        f"window {settings['window']}, {settings['dtype']}, "
-        f"cut baseline every {settings['baseline_stride']} tokens",
-        fontsize=10,
+        f"window {settings['window']:,}, {settings['dtype']}"
     )
-    figure.tight_layout()
+    if CUT in evaluation.traces:
+        title += (
+            f"; cut to {settings['cut_length']:,} tokens every {settings['baseline_stride']} tokens"
+        )
+    figure.suptitle(title, fontsize=10)
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)  # over no curve
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -7,8 +7,11 @@ length.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
 from lminf_cuda.text.progress import progress
 
+Window = tuple[int, int, int]  # see baseline_windows
 BASELINE_BATCH_TOKENS = 4096  # tokens of the cut baseline's windows in one forward
 
 
@@ -28,8 +32,9 @@ BASELINE_BATCH_TOKENS = 4096  # tokens of the cut baseline's windows in one forw
 class Trace:
     """What one method did: losses, and its clock and cache as it went along the text.
 
-    `nats[t]` is the loss of token t + 1 (token 0 has nothing before it). Entry n of the lists says
-    that after `seconds[n]` all tokens before `ends[n]` were scored, with `cache_bytes[n]` kept.
+    `nats[t]` is the loss of token t + 1 (token 0 has nothing before it), nan where it was left out.
+    Entry n of the lists says that after `seconds[n]` all tokens before `ends[n]` were done, with
+    `cache_bytes[n]` kept. `sampled` says how much was scored where that is not all.
     """
 
     nats: np.ndarray  # float32 [tokens scored]
@@ -38,6 +43,12 @@ class Trace:
     cache_bytes: list[int]
     stopped: str | None = None
     peak_rss_bytes: int = 0
+    sampled: str = ""
+
+    @property
+    def scored(self) -> int:
+        """Tokens that have a loss."""
+        return int(np.isfinite(self.nats).sum())
 
     @property
     def stopped_text(self) -> str:
@@ -47,7 +58,7 @@ class Trace:
     @property
     def tokens_per_second(self) -> float:
         """Over everything this method scored."""
-        return len(self.nats) / self.seconds[-1] if self.seconds else 0.0
+        return self.scored / self.seconds[-1] if self.seconds else 0.0
 
 
 def token_nats(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -135,11 +146,9 @@ def stream(
     return trace
 
 
-def _batches(
-    windows: Sequence[tuple[int, int, int]], batch_size: int
-) -> Iterator[list[tuple[int, int, int]]]:
+def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window]]:
     """Consecutive windows that read equally many tokens, at most batch_size together."""
-    batch: list[tuple[int, int, int]] = []
+    batch: list[Window] = []
     for window in windows:
         same = batch and window[2] - window[0] == batch[0][2] - batch[0][0]
         if batch and (not same or len(batch) == batch_size):
@@ -149,33 +158,62 @@ def _batches(
     yield batch
 
 
+def spread_order(windows: Sequence[Window], lengths: Sequence[int]) -> list[Window]:
+    """The windows in an order of which every beginning is spread evenly over each length's row.
+
+    The rows take turns; within a row the fractions 0, 1/2, 1/4, 3/4, 1/8, ... come one by one.
+    """
+    rows: list[list[Window]] = [[] for _ in lengths]
+    for window in windows:
+        rows[bisect_left(lengths, window[2])].append(window)
+    orders = [sorted(range(len(row)), key=partial(_reversed_bits, size=len(row))) for row in rows]
+    turns = zip_longest(*([row[n] for n in order] for row, order in zip(rows, orders, strict=True)))
+    return [window for turn in turns for window in turn if window is not None]
+
+
+def _reversed_bits(n: int, size: int) -> int:
+    bits = max(size - 1, 1).bit_length()
+    return int(format(n, f"0{bits}b")[::-1], 2)
+
+
 @torch.inference_mode()
 def recompute(
     model: Any,
     tokens: torch.Tensor,
-    train_length: int,
+    context: int,
     stride: int,
     *,
+    lengths: Sequence[int] | None = None,
+    seconds: float | None = None,
     bos_token_id: int | None = None,
     label: str = "",
 ) -> Trace:
-    """Score the tokens [n] from windows of the training length, each computed from scratch.
+    """Score the tokens [n] from windows of `context` tokens, each computed from scratch.
 
     Args:
-        stride: tokens scored per window; 1 gives every token the full training length.
+        context: tokens that a window reads, mostly the training length.
+        stride: tokens scored per window; 1 gives every token the full context.
+        lengths: of the rows that samples are to be spread over; the last one is n.
+        seconds: no window begins after so long; those before it are spread evenly over each row.
+            None: all of them.
         bos_token_id: when the text begins with this token, every window does.
         label: name on the progress bar.
     """
-    trace = Trace(np.empty(0, np.float32), [], [], [])
-    nats: list[np.ndarray] = []
-    seconds = 0.0
-    windows = baseline_windows(len(tokens), train_length, stride)
-    batch_size = max(1, BASELINE_BATCH_TOKENS // train_length)
+    windows = baseline_windows(len(tokens), context, stride)
+    n_windows = len(windows)
+    if seconds is not None:
+        windows = spread_order(windows, lengths or [len(tokens)])
+    nats = np.full(len(tokens) - 1, np.nan, np.float32)
+    done: list[tuple[int, float]] = []  # where each batch ended, and its seconds
+    batch_size = max(1, BASELINE_BATCH_TOKENS // context)
     keep_bos = bos_token_id is not None and int(tokens[0]) == bos_token_id
+    n_done = 0
     with progress(len(tokens) - 1, label, "tok") as bar:
         _warm_up(model, tokens)
         reset_peak_rss()
         for batch in _batches(windows, batch_size):
+            if seconds is not None and sum(x for _, x in done) > seconds:
+                break
             began = time.perf_counter()
             inputs = torch.stack([tokens[start : end - 1] for start, _, end in batch])
             if keep_bos:
@@ -183,13 +221,18 @@ def recompute(
             scored = max(end - first for _, first, end in batch)
             logits = model(input_ids=inputs, use_cache=False, logits_to_keep=scored).logits
             for row, (_, first, end) in zip(logits, batch, strict=True):
-                nats.append(token_nats(row[first - end :], tokens[first:end]))
+                nats[first - 1 : end - 1] = token_nats(row[first - end :], tokens[first:end])
             _synchronize(tokens.device)
-            seconds += time.perf_counter() - began
-            trace.ends.append(batch[-1][2])
-            trace.seconds.append(seconds)
-            trace.cache_bytes.append(0)
-            bar.update(batch[-1][2] - batch[0][1])
-    trace.nats = np.concatenate(nats)
+            done.append((max(end for _, _, end in batch), time.perf_counter() - began))
+            n_done += len(batch)
+            bar.update(sum(end - first for _, first, end in batch))
+    done.sort()
+    clock = np.cumsum([x for _, x in done]).tolist()
+    trace = Trace(nats, [end for end, _ in done], clock, [0] * len(done))
     trace.peak_rss_bytes = peak_rss_bytes()
+    if n_done < n_windows:
+        trace.sampled = (
+            f"{trace.scored:,} of {len(nats):,} tokens scored, in {n_done:,} windows spread evenly "
+            f"over each row ({seconds:g} s)"
+        )
     return trace

@@ -75,6 +75,8 @@ def _attend(
         for x in (query, key, value)
     )
     options |= layer.options(query.device)
+    if layer.observer is not None:
+        layer.observer(query, key, options)
     state.n_attended += 1
     if state.cache is None:
         out, lse = torch.ops.lminf.lambda_attn.default(

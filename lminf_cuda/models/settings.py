@@ -72,6 +72,8 @@ class LayerSettings:
         middle_top_k: so many keys of the middle join the last query of a forward; 0 for none.
         middle_distance: at which they are met.
         keys_of: the earlier layer whose keys and values this one attends with, or None for its own.
+        observer: called with the un-rotated queries and keys of every forward and the op's options,
+            just before the op; for looking into a model (evaluation/diagnosis.py).
     """
 
     n_global: int
@@ -83,6 +85,7 @@ class LayerSettings:
     middle_top_k: int = 0
     middle_distance: int = 0
     query_scale: Callable[[Tensor], Tensor] | None = None
+    observer: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def options(self, device: torch.device) -> dict[str, Any]:

@@ -35,6 +35,12 @@ class Text:
             return None
         return int(self.byte_ends[end - 1] - self.byte_ends[start - 1])
 
+    def bytes_of(self, start: int, end: int, chosen: np.ndarray) -> int | None:
+        """Bytes of the chosen ones, bool [end - start], of tokens start..end-1, start >= 1."""
+        if self.byte_ends is None:
+            return None
+        return int(np.diff(self.byte_ends[start - 1 : end])[chosen].sum())
+
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file.

@@ -1,0 +1,195 @@
+"""Puts the tables of a run of real_model.py together, in Markdown."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+VANILLA, OURS, CUT = "vanilla", "LM-Infinite", "cut"
+Row = dict[str, str]
+
+
+def rows(path: Path) -> list[Row]:
+    """The lines of a CSV file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers on the right."""
+    head = [f"| {' | '.join(headings)} |", f"| {' | '.join('---:' for _ in headings)} |"]
+    return "\n".join(head + [f"| {' | '.join(line)} |" for line in lines])
+
+
+def number(text: str, form: str) -> str:
+    """A field of a CSV file as people read it; "" where it is empty."""
+    return format(float(text), form) if text else ""
+
+
+def _by_length(folder: Path) -> dict[int, dict[str, Row]]:
+    found: dict[int, dict[str, Row]] = {}
+    for row in rows(folder / "evaluation.csv"):
+        found.setdefault(int(row["length"]), {})[row["method"]] = row
+    return found
+
+
+def lengths(out: Path) -> Iterator[str]:
+    """Loss by length, for both windows."""
+    whole, short = _by_length(out / "lengths"), _by_length(out / "lengths_2048")
+    if not whole:
+        return
+    settings = json.loads((out / "lengths" / "evaluation.json").read_text())["settings"]
+    window = settings["window"]
+    headings = [
+        "tokens up to",
+        "vanilla, nats",
+        f"LM-Infinite, window {window:,}",
+        "above cut",
+        "vanilla cache, MiB",
+        "LM-Infinite cache, MiB",
+    ]
+    if short:
+        headings[4:4] = ["LM-Infinite, window 2,048", "above cut"]
+    lines = []
+    for length, methods in whole.items():
+        ours, vanilla = methods[OURS], methods[VANILLA]
+        bold = vanilla["nats_per_token"] and length > 8192
+        loss = number(vanilla["nats_per_token"], ".3f")
+        cells = [
+            f"{length:,}",
+            f"**{loss}**" if bold else loss or "stopped",
+            number(ours["nats_per_token"], ".3f"),
+            number(ours["above_cut"], "+.3f"),
+        ]
+        if short:
+            other = short.get(length, {}).get(OURS, {})
+            cells += [
+                number(other.get("nats_per_token", ""), ".3f"),
+                number(other.get("above_cut", ""), "+.3f"),
+            ]
+        for row in (vanilla, ours):
+            size = row["cache_bytes"]
+            cells.append(f"{int(size) / 2**20:,.0f}" if size else "")
+        lines.append(cells)
+    yield table(headings, lines)
+    notes = {row["note"] for methods in whole.values() for row in methods.values() if row["note"]}
+    yield "\n".join(sorted(f"{note}." for note in notes if note.startswith("stopped")))
+
+
+def first_tokens(out: Path) -> Iterator[str]:
+    """Loss by n_global, for both clamps."""
+    found = rows(out / "first_tokens" / "tuning.csv")
+    if not found:
+        return
+    distances = sorted({int(row["max_distance"]) for row in found})
+    lines = []
+    for n_global in sorted({int(row["n_global"]) for row in found}):
+        of = {int(r["max_distance"]): r for r in found if int(r["n_global"]) == n_global}
+        lines.append([str(n_global), *(number(of[d]["nats_per_token"], ".3f") for d in distances)])
+    yield table(["n_global", *(f"max_distance {d:,}, nats" for d in distances)], lines)
+
+
+def speed(out: Path) -> Iterator[str]:
+    """Reading, writing and memory beside vanilla."""
+    found = rows(out / "speed" / "speed.csv")
+    if not found:
+        return
+    lines = []
+    for length in sorted({int(row["length"]) for row in found}):
+        of = {row["method"]: row for row in found if int(row["length"]) == length}
+        cells = [f"{length:,}"]
+        for name, form, unit in (
+            ("encode_seconds", ",.1f", 1),
+            ("decode_ms", ",.1f", 1),
+            ("cache_bytes", ",.0f", 2**20),
+        ):
+            vanilla, ours = (float(of[m][name]) / unit for m in (VANILLA, OURS))
+            cells += [
+                f"{format(vanilla, form)} / {format(ours, form)}",
+                f"{vanilla / ours:.2f}",
+            ]
+        lines.append(cells)
+    headings = ["tokens", "read, s", "times", "write a token, ms", "times", "cache, MiB", "times"]
+    yield table(headings, lines)
+
+
+def passkey(out: Path) -> Iterator[str]:
+    """Keys found by method, length and depth."""
+    found = rows(out / "passkey" / "passkey.csv")
+    if not found:
+        return
+    places = sorted({(int(r["length"]), float(r["depth"])) for r in found})
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in found):
+        of = {(int(r["length"]), float(r["depth"])): r for r in found if r["method"] == method}
+        lines.append(
+            [method, *(f"{float(of[p]['accuracy']):.0%}" if p in of else "" for p in places)]
+        )
+    yield table(["method", *(f"{n:,} at {d:.0%}" for n, d in places)], lines)
+
+
+def tune(out: Path) -> Iterator[str]:
+    """The shapes that no other beats in loss and memory both."""
+    path = out / "tune" / "tuning.json"
+    if not path.is_file():
+        return
+    facts: dict[str, Any] = json.loads(path.read_text())
+    best = ", ".join(f"{name}={value}" for name, value in facts["best"].items())
+    lines = [
+        [
+            str(row["n_global"]),
+            f"{row['window']:,}",
+            f"{row['max_distance']:,}",
+            f"{row['nats_per_token']:.3f}",
+            f"{row['cache_bytes'] / 2**20:,.1f}",
+        ]
+        for row in sorted(facts["shapes"], key=lambda row: row["cache_bytes"])
+        if row["on_front"]
+    ]
+    yield table(["n_global", "window", "max_distance", "nats", "MiB"], lines)
+    share = facts["tokens_read"] / facts["tokens_of_a_grid"]
+    yield (
+        f"`patch_model(model, {best})`: chosen among {len(facts['shapes'])} shapes with "
+        f"{share:.0%} of the tokens that a grid reads."
+    )
+
+
+def diagnose(out: Path) -> Iterator[str]:
+    """The sentences about the three factors."""
+    path = out / "diagnose" / "diagnosis.json"
+    if path.is_file():
+        yield "\n".join(json.loads(path.read_text())["findings"])
+
+
+SECTIONS = {
+    "Loss by length": lengths,
+    "First tokens (window 512)": first_tokens,
+    "Speed and memory, vanilla / LM-Infinite (window 2,048)": speed,
+    "Passkeys found (window 512)": passkey,
+    "What leads out of distribution": diagnose,
+    "The shape": tune,
+}
+
+
+def summarize(out: Path) -> str:
+    """All tables that are there, and the machine that they were made on."""
+    texts = ["# SmolLM2-135M-Instruct: what `make real` found"]
+    for path in sorted(out.glob("*/*.json")):
+        settings = json.loads(path.read_text()).get("settings", {})
+        if "machine" in settings:
+            machine = settings["machine"]
+            texts.append(
+                f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
+                f"torch {machine['torch']}, {settings['dtype']}."
+            )
+            break
+    for title, section in SECTIONS.items():
+        found = [text for text in section(out) if text]
+        if found:
+            texts += [f"## {title}", *found]
+    return "\n\n".join(texts) + "\n"
