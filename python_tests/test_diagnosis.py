@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from test_cli import folder, lminf  # noqa: F401  (a fixture)
-from tiny_models import one_thread
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from lminf_cuda import patch_model, unpatch_model
@@ -23,13 +21,9 @@ from lminf_cuda.evaluation.diagnosis import LM_INFINITE, VANILLA, diagnose, laye
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
 from lminf_cuda.text.reading import read_text, tokenize
 
+pytestmark = pytest.mark.usefixtures("single_threaded")
+
 LENGTH, TRAINED = 96, 48
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

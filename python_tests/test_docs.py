@@ -61,7 +61,7 @@ def test_the_files_of_the_readme_exist() -> None:
     listed = README[README.index("## Files") : README.index("## Limits")]
     names = re.findall(r"\b(\w+\.(?:py|h|md))\b", listed)
     assert len(names) > 20
-    folders = [ROOT / name for name in ("lminf_cuda", "csrc", "docs")]
+    folders = [ROOT / name for name in ("lminf_cuda", "csrc", "docs", "tools")]
     known = {path.name for folder in folders for path in folder.rglob("*")}
     assert set(names) <= known
 

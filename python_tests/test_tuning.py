@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from test_cli import folder, lminf  # noqa: F401  (a fixture)
-from tiny_models import one_thread
 
 from lminf_cuda import LambdaCache, patch_model, unpatch_model
 from lminf_cuda.cli.loading import HELD_OUT, load
@@ -24,11 +22,7 @@ from lminf_cuda.evaluation.traces import stream
 from lminf_cuda.evaluation.tuning import Candidate, Shape, Tuning, tune
 from lminf_cuda.text.reading import read_text, tokenize
 
-
-@pytest.fixture(autouse=True, scope="module")
-def single_threaded() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_threaded")
 
 
 @pytest.fixture(scope="module")
