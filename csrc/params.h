@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "core/common.h"
+
 namespace lminf {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
@@ -19,6 +21,13 @@ struct Strides {
   int64_t head = 0;
   int64_t seq = 0;
 };
+
+// A row of a tensor with elements of T.
+template <typename T, typename Data>
+LMINF_HD T* row_at(Data* data, const Strides& stride, int64_t batch, int64_t head,
+                   int64_t row = 0) {
+  return static_cast<T*>(data) + batch * stride.batch + head * stride.head + row * stride.seq;
+}
 
 // Rotary embedding. rotary_dim == 0 means none, and inv_freq is then null.
 struct RopeParams {

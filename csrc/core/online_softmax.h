@@ -15,12 +15,21 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 LMINF_HD constexpr float minus_infinity() { return -std::numeric_limits<float>::infinity(); }
 
+// Up to here the rounding of a score in base 2 is small beside 1. Beyond it a fused multiply-add
+// would leave a score and its rounded maximum many powers of 2 apart, so scores are multiplied
+// first and rounded as the maximum was.
+constexpr float kFusedMax = 1 << 20;
+
 struct SoftmaxState {
   float max;  // of the scores seen so far, in units of log2
   float sum;  // of exp2(score - max)
 };
 
 LMINF_HD SoftmaxState empty_softmax() { return {minus_infinity(), 0.0f}; }
+
+// What the scores of a row are relative to. A row that has seen no key yet keeps its maximum -inf;
+// against 0 its weights come out 0.
+LMINF_HD float softmax_base(float max) { return max == minus_infinity() ? 0.0f : max; }
 
 // What a sum taken relative to `old_max` must be multiplied by to be relative to `new_max`.
 LMINF_HD float rescale_factor(float old_max, float new_max) {

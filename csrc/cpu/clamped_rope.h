@@ -26,10 +26,8 @@ void run(const ClampedRopeParams& p, const Rotary& rotary, const Threads& thread
                        sin + r * rotary.pairs);
       }
       for (int64_t h = 0; h < p.heads; ++h) {
-        const T* x = static_cast<const T*>(p.x) + b * p.x_stride.batch + h * p.x_stride.head +
-                     first * p.x_stride.seq;
-        T* out = static_cast<T*>(p.out) + b * p.out_stride.batch + h * p.out_stride.head +
-                 first * p.out_stride.seq;
+        const T* x = row_at<const T>(p.x, p.x_stride, b, h, first);
+        T* out = row_at<T>(p.out, p.out_stride, b, h, first);
         for (int64_t r = 0; r < rows; ++r) {
           load_row(x + r * p.x_stride.seq, dim, row, dim_padded);
           rotate_row(rotary, cos + r * rotary.pairs, sin + r * rotary.pairs, row);

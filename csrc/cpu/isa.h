@@ -27,11 +27,11 @@
 #endif
 
 #include "../core/common.h"
-#include "../core/lambda_mask.h"
 #include "../core/online_softmax.h"
 #include "../core/rotation.h"
+#include "../core/walk.h"
 #include "../params.h"
-#include "attn_plan.h"
+#include "attn_tasks.h"
 #include "frequencies.h"
 #include "kernels.h"
 #include "scratch.h"

@@ -74,30 +74,31 @@ class LambdaAttnForward {
   }
 
   void run(const Threads& threads) const {
-    const AttnPlan plan = attn_plan(threads.count);
-    const int64_t tasks = plan.tasks();
+    const AttnTasks tasks = attn_tasks(threads.count);
     // Neighbouring tasks go to one thread, in portions that leave every thread several.
-    const int64_t portion = max64(1, tasks / (4 * threads.count));
-    const int64_t workers = std::min<int64_t>(threads.count, (tasks + portion - 1) / portion);
+    const int64_t portion = max64(1, tasks.count() / (4 * threads.count));
+    const int64_t workers =
+        std::min<int64_t>(threads.count, (tasks.count() + portion - 1) / portion);
     const int64_t slots = TileCache<E>::slots_for(min64(p_.window, p_.seqlen_k),
-                                                  plan.queries_per_task(), dim_padded_);
+                                                  tasks.queries_per_task(), dim_padded_);
     std::atomic<int64_t> next{0};
     threads.parallel_for(workers, [&](int64_t begin, int64_t end) {
       [[maybe_unused]] const MatrixUnit matrix_unit;
       [[maybe_unused]] const FlushSubnormals flush_subnormals;
-      AttnScratch<E> scratch(plan.rows_per_task(), slots, dim_padded_, rotary_);
+      AttnScratch<E> scratch(tasks.rows_per_task(), slots, dim_padded_, rotary_);
       for (int64_t worker = begin; worker < end; ++worker)
-        for (int64_t t; (t = next.fetch_add(portion)) < tasks;)
-          for (int64_t n = t; n < min64(t + portion, tasks); ++n) run_task(plan.task(n), scratch);
+        for (int64_t t; (t = next.fetch_add(portion)) < tasks.count();)
+          for (int64_t n = t; n < min64(t + portion, tasks.count()); ++n)
+            run_task(tasks.task(n), scratch);
     });
   }
 
   KernelPlan plan(int threads) const {
-    const AttnPlan tasks = attn_plan(threads);
+    const AttnTasks tasks = attn_tasks(threads);
     KernelPlan plan;
     plan.block_m = tasks.rows_per_task();
     plan.block_n = kTileKeys<E>;
-    plan.blocks = tasks.tasks();
+    plan.blocks = tasks.count();
     plan.threads = threads;
     return plan;
   }
@@ -112,18 +113,11 @@ class LambdaAttnForward {
  private:
   // One branch of a task: its keys, and the key tiles that are still to be met.
   struct Walk {
-    TileKind kind;
-    Branch branch;
+    BranchIndex kind;
     KeySource<T> source;
-    int64_t begin, end;
+    BranchWalk met;
+    int64_t begin = met.tiles.begin, end = met.tiles.end;
 
-    Walk(TileKind kind, const Branch& branch, const KeySource<T>& source, Range queries)
-        : kind(kind), branch(branch), source(source) {
-      const TileRanges tiles = branch.empty()
-                                   ? TileRanges{0, 0, 0, 0}
-                                   : key_tiles(branch, queries, source.first, kTileKeys<E>);
-      begin = tiles.begin, end = tiles.end;
-    }
     bool done() const { return end <= begin; }
 
     // The last tiles that are left, `most` at most.
@@ -134,47 +128,46 @@ class LambdaAttnForward {
     }
   };
 
-  AttnPlan attn_plan(int threads) const {
+  AttnTasks attn_tasks(int threads) const {
     const int64_t row_bytes = dim_padded_ * static_cast<int64_t>(sizeof(float) + sizeof(E));
     const int64_t blocks = min64(kTaskRows, kRowBytes / row_bytes) / kBlockRows<E>;
-    return AttnPlan(p_, threads, max64(1, blocks) * kBlockRows<E>, kMaxHeadsPerTask);
+    return AttnTasks(p_, threads, max64(1, blocks) * kBlockRows<E>, kMaxHeadsPerTask);
   }
 
   void run_task(const AttnTask& t, AttnScratch<E>& s) const {
     const Range held = {t.key_position, t.key_position + t.keys};
-    const KeySource<T> own = {
-        head<T>(p_.k, p_.k_stride, t.batch, t.head_kv) + t.key_index * p_.k_stride.seq,
-        head<T>(p_.v, p_.v_stride, t.batch, t.head_kv) + t.key_index * p_.v_stride.seq,
-        p_.k_stride.seq,
-        p_.v_stride.seq,
-        t.key_position,
-        p_.k_rotated,
-        KeyFrame::kOwnPosition};
+    const KeySource<T> own = {row_at<const T>(p_.k, p_.k_stride, t.batch, t.head_kv, t.key_index),
+                              row_at<const T>(p_.v, p_.v_stride, t.batch, t.head_kv, t.key_index),
+                              p_.k_stride.seq,
+                              p_.v_stride.seq,
+                              t.key_position,
+                              p_.k_rotated,
+                              KeyFrame::kOwnPosition};
     KeySource<T> global = own;
-    Range global_held = held;
+    Range globals = held;
     if (p_.global_k != nullptr) {
-      global = {head<T>(p_.global_k, p_.global_k_stride, t.batch, t.head_kv),
-                head<T>(p_.global_v, p_.global_v_stride, t.batch, t.head_kv),
+      global = {row_at<const T>(p_.global_k, p_.global_k_stride, t.batch, t.head_kv),
+                row_at<const T>(p_.global_v, p_.global_v_stride, t.batch, t.head_kv),
                 p_.global_k_stride.seq,
                 p_.global_v_stride.seq,
                 0,
                 0,
                 KeyFrame::kOwnPosition};
-      global_held = {0, p_.n_global};
+      globals = {0, p_.n_global};
     }
-    KeySource<T> far_source = global;
-    far_source.frame = KeyFrame::kMaxDistance;
-
     // Tiles are packed for all tasks of a sequence. What none of its queries sees, like a global
     // slot that no token has reached, becomes zeros.
     const Range all = {held.hi - (p_.cu_seqlens != nullptr ? t.keys : p_.seqlen_q), held.hi};
     const Range queries = {t.position, t.position + t.queries};
-    Walk far(TileKind::kFar, far_branch(global_held, p_.n_global, p_.max_distance).seen_by(all),
-             far_source, queries);
-    Walk near(TileKind::kNear,
-              near_branch(global_held, p_.n_global, p_.window, p_.max_distance).seen_by(all),
-              global, queries);
-    Walk window(TileKind::kWindow, window_branch(held, p_.window).seen_by(all), own, queries);
+    auto walk = [&](BranchIndex kind, KeySource<T> source, KeyFrame frame) {
+      source.frame = frame;
+      const Branch branch =
+          branch_at(kind, held, globals, p_.n_global, p_.window, p_.max_distance).seen_by(all);
+      return Walk{kind, source, branch_walk(branch, queries, source.first, kTileKeys<E>)};
+    };
+    Walk far = walk(kFar, global, KeyFrame::kMaxDistance);
+    Walk near = walk(kNear, global, KeyFrame::kOwnPosition);
+    Walk window = walk(kWindow, own, KeyFrame::kOwnPosition);
 
     // Every block of rows meets as many tiles in one go as are kept at the same time; mostly that
     // is all of them, and the block's queries and outputs stay in the first cache level.
@@ -205,11 +198,6 @@ class LambdaAttnForward {
     }
   }
 
-  template <typename U>
-  static const U* head(const void* base, const Strides& stride, int64_t batch, int64_t head) {
-    return static_cast<const U*>(base) + batch * stride.batch + head * stride.head;
-  }
-
   // Some neighbouring rows of a task.
   struct RowBlock {
     int64_t row, rows;
@@ -222,8 +210,7 @@ class LambdaAttnForward {
       rotation_table(t.position + first, rotary_, rotary_.scaling, r.base_cos, r.base_sin);
     int64_t n = first, h = b.row % t.heads;
     for (int64_t row = b.row; row < b.row + b.rows; ++row) {
-      const T* q =
-          head<T>(p_.q, p_.q_stride, t.batch, t.head_q + h) + (t.query + n) * p_.q_stride.seq;
+      const T* q = row_at<const T>(p_.q, p_.q_stride, t.batch, t.head_q + h, t.query + n);
       E* out = s.queries + row * dim_padded_;
       if (std::is_same_v<T, E> && rotary_.pairs == 0 && dim_ == dim_padded_) {
         std::memcpy(out, q, dim_ * sizeof(E));
@@ -247,7 +234,7 @@ class LambdaAttnForward {
     const int64_t last = (b.row + b.rows - 1) / t.heads, queries = last + 1 - first;
     const auto add = [&](const void* base, const Strides& stride, int64_t head, int64_t n,
                          int64_t rows) {
-      s.ahead.add(LambdaAttnForward::head<T>(base, stride, t.batch, head) + n * stride.seq,
+      s.ahead.add(row_at<const T>(base, stride, t.batch, head, n),
                   stride.seq * static_cast<int64_t>(sizeof(T)), rows);
     };
     s.ahead.restart(dim_ * static_cast<int64_t>(sizeof(T)));
@@ -266,13 +253,13 @@ class LambdaAttnForward {
   // have the largest scores, which then stay the reference.
   void meet(const AttnTask& t, const Walk& walk, Range tiles, RowBlock b, AttnScratch<E>& s) const {
     for (int64_t index = tiles.hi - 1; index >= tiles.lo; --index) {
-      const int64_t first = walk.source.first + index * kTileKeys<E>;
-      const Range wanted = intersect(walk.branch.keys, {first, first + kTileKeys<E>});
+      const int64_t first = walk.met.position(index);
+      const Range wanted = intersect(walk.met.branch.keys, {first, first + kTileKeys<E>});
       const auto& tile = s.tiles.get(walk.kind, t.sequence, t.head_kv, index, [&](auto& slot) {
         pack_tile(walk.source, first, wanted, dim_, dim_padded_, rotary_, p_.max_distance,
                   s.rotation, s.row, s.key_rows, slot.keys, slot.values);
       });
-      run_block(t, walk.branch, walk.source.frame, tile, first, b.row, b.rows, s);
+      run_block(t, walk.met.branch, walk.source.frame, tile, first, b.row, b.rows, s);
     }
   }
 
@@ -383,9 +370,7 @@ class LambdaAttnForward {
                                   vreduce_add(vload(s.states.sum + row * kLanes))};
       const SoftmaxEnd end = finish(state, p_.score, head);
       store_row(s.states.out + row * dim_padded_, dim_,
-                static_cast<T*>(p_.out) + t.batch * p_.out_stride.batch +
-                    head * p_.out_stride.head + n * p_.out_stride.seq,
-                end.out_scale);
+                row_at<T>(p_.out, p_.out_stride, t.batch, head, n), end.out_scale);
       p_.lse[(t.batch * p_.heads_q + head) * p_.seqlen_q + n] = end.lse;
       if (++h == t.heads) h = 0, ++n;
     }

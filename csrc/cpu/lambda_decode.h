@@ -130,11 +130,6 @@ class LambdaDecodeStep {
     float* biases;           // [group][kBlock of the product in hand], by distance, if there is
   };
 
-  template <typename U>
-  static U* at(U* base, const Strides& stride, int64_t b, int64_t h, int64_t s) {
-    return base + b * stride.batch + h * stride.head + s * stride.seq;
-  }
-
   RowStates rows_of(const RowStates& all, int64_t item) const {
     return {all.max + item * group_, all.sum + item * group_ * kLanes,
             all.out + item * group_ * dim_padded_};
@@ -152,17 +147,16 @@ class LambdaDecodeStep {
       rotation_table(position, rotary_, rotary_.scaling, cos, sin);
       const int64_t slot = position % p_.capacity;
       for (int64_t h = 0; h < p_.heads_kv; ++h) {
-        const T* k = at(static_cast<const T*>(p_.k), p_.k_stride, b, h, 0);
-        const T* v = at(static_cast<const T*>(p_.v), p_.v_stride, b, h, 0);
+        const T* k = row_at<const T>(p_.k, p_.k_stride, b, h, 0);
+        const T* v = row_at<const T>(p_.v, p_.v_stride, b, h, 0);
         load_row(k, dim_, row, dim_padded_);
         rotate_row(rotary_, cos, sin, row);
-        store_row(row, dim_, at(static_cast<T*>(p_.ring_k), p_.ring_k_stride, b, h, slot));
-        std::memcpy(at(static_cast<T*>(p_.ring_v), p_.ring_v_stride, b, h, slot), v,
-                    dim_ * sizeof(T));
+        store_row(row, dim_, row_at<T>(p_.ring_k, p_.ring_k_stride, b, h, slot));
+        std::memcpy(row_at<T>(p_.ring_v, p_.ring_v_stride, b, h, slot), v, dim_ * sizeof(T));
         if (position >= p_.n_global) continue;
-        std::memcpy(at(static_cast<T*>(p_.global_k), p_.global_k_stride, b, h, position), k,
+        std::memcpy(row_at<T>(p_.global_k, p_.global_k_stride, b, h, position), k,
                     dim_ * sizeof(T));
-        std::memcpy(at(static_cast<T*>(p_.global_v), p_.global_v_stride, b, h, position), v,
+        std::memcpy(row_at<T>(p_.global_v, p_.global_v_stride, b, h, position), v,
                     dim_ * sizeof(T));
       }
     }
@@ -174,7 +168,7 @@ class LambdaDecodeStep {
     const int64_t b = pair / p_.heads_kv, head = pair % p_.heads_kv * group_;
     for (int g = 0; g < group_; ++g) {
       float* q = s.q + g * dim_padded_;
-      load_row(at(static_cast<const T*>(p_.q), p_.q_stride, b, head + g, 0), dim_, q, dim_padded_);
+      load_row(row_at<const T>(p_.q, p_.q_stride, b, head + g, 0), dim_, q, dim_padded_);
       rotate_row(rotary_, s.cos, s.sin, q);
     }
   }
@@ -233,8 +227,7 @@ class LambdaDecodeStep {
 
   BlockRows<T> global_rows(const void* cache, const Strides& stride, int64_t pair, int64_t first,
                            int n) const {
-    const T* row =
-        at(static_cast<const T*>(cache), stride, pair / p_.heads_kv, pair % p_.heads_kv, first);
+    const T* row = row_at<const T>(cache, stride, pair / p_.heads_kv, pair % p_.heads_kv, first);
     return {row, stride.seq, n, nullptr};
   }
 
@@ -261,8 +254,7 @@ class LambdaDecodeStep {
   }
 
   const T* ring_row(const void* ring, const Strides& stride, int64_t pair, int64_t j) const {
-    return at(static_cast<const T*>(ring), stride, pair / p_.heads_kv, pair % p_.heads_kv,
-              j % p_.capacity);
+    return row_at<const T>(ring, stride, pair / p_.heads_kv, pair % p_.heads_kv, j % p_.capacity);
   }
 
   // `upcoming` is what this thread is likely to take next.
@@ -342,7 +334,7 @@ class LambdaDecodeStep {
       const int64_t head = h * group_ + g;
       const SoftmaxEnd end = finish(state, p_.score, head);
       scale_row(out, dim_padded_, end.out_scale);
-      store_row(out, dim_, at(static_cast<T*>(p_.out), p_.out_stride, b, head, 0));
+      store_row(out, dim_, row_at<T>(p_.out, p_.out_stride, b, head, 0));
       p_.lse[b * p_.heads_q + head] = end.lse;
     }
   }

@@ -103,11 +103,6 @@ class MiddleTopk {
     float *sum, *row;  // [Dp]
   };
 
-  template <typename U>
-  static U* at(U* base, const Strides& stride, int64_t b, int64_t h, int64_t s) {
-    return base + b * stride.batch + h * stride.head + s * stride.seq;
-  }
-
   TopList list(const TopList& all, int64_t item, int g) const {
     const int64_t offset = (item * group_ + g) * p_.top_k;
     return {all.score + offset, all.position + offset};
@@ -135,8 +130,7 @@ class MiddleTopk {
                    s.sin);
     for (int g = 0; g < group_; ++g) {
       float* q = s.q + g * dim_padded_;
-      load_row(at(static_cast<const T*>(p_.q), p_.q_stride, b, h * group_ + g, 0), dim_, q,
-               dim_padded_);
+      load_row(row_at<const T>(p_.q, p_.q_stride, b, h * group_ + g, 0), dim_, q, dim_padded_);
       rotate_row(rotary_, s.cos, s.sin, q);
       for (int d = 2 * rotary_.pairs; d < dim_; ++d) q[d] *= p_.score.scale;
     }
@@ -144,7 +138,7 @@ class MiddleTopk {
     const int64_t end = keys.lo + count * (split + 1) / splits;
     for (int64_t j = keys.lo + count * split / splits; j < end; j += kDecodeBlock) {
       const int n = static_cast<int>(min64(kDecodeBlock, end - j));
-      const T* k = at(static_cast<const T*>(p_.k), p_.k_stride, b, h, j - first);
+      const T* k = row_at<const T>(p_.k, p_.k_stride, b, h, j - first);
       if (dim_ == dim_padded_) {
         score_block<T>(k, p_.k_stride.seq, n, s);
       } else {
@@ -191,9 +185,8 @@ class MiddleTopk {
 
   void merge_into_lambda(int64_t b, int64_t h, int64_t head, const TopList& top,
                          ItemScratch& s) const {
-    const T* lambda_out =
-        at(static_cast<const T*>(p_.lambda_out), p_.lambda_out_stride, b, head, 0);
-    T* out = at(static_cast<T*>(p_.out), p_.out_stride, b, head, 0);
+    const T* lambda_out = row_at<const T>(p_.lambda_out, p_.lambda_out_stride, b, head, 0);
+    T* out = row_at<T>(p_.out, p_.out_stride, b, head, 0);
     const float lambda_lse = p_.lambda_lse[b * p_.heads_q + head];
     float& lse = p_.lse[b * p_.heads_q + head];
     if (top.position[0] < 0) {
@@ -215,9 +208,8 @@ class MiddleTopk {
       const float score = finished(top.score[n], head), weight = exp2f(score - max);
       sum += weight;
       visible += exp2f(score - visible_max);
-      load_row(
-          at(static_cast<const T*>(p_.v), p_.v_stride, b, h, top.position[n] - first_position(b)),
-          dim_, s.row, dim_padded_);
+      load_row(row_at<const T>(p_.v, p_.v_stride, b, h, top.position[n] - first_position(b)), dim_,
+               s.row, dim_padded_);
       for (int d = 0; d < dim_padded_; ++d) s.sum[d] += weight * s.row[d];
     }
     scale_row(s.sum, dim_padded_, 1.0f / (seen + sunk + sum));

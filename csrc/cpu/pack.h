@@ -257,8 +257,6 @@ inline void pack_tile(const KeySource<T>& source, int64_t tile_first, Range want
 // The packed tiles that a thread keeps from one task to the next: neighbouring runs of queries see
 // mostly the same keys. Tile t of the window branch has slot t % (number of slots), the other
 // branches one slot each.
-enum class TileKind { kWindow, kNear, kFar };
-
 template <typename E>
 class TileCache {
  public:
@@ -266,7 +264,7 @@ class TileCache {
     E* keys;
     E* values;
     int64_t sequence, head, index;  // what it holds; index -1: nothing
-    TileKind kind;
+    BranchIndex kind;
   };
 
   TileCache(Scratch& scratch, int64_t slots, int dim_padded) : slots_(slots) {
@@ -274,7 +272,7 @@ class TileCache {
     for (int64_t n = 0; n < slots + 2; ++n) {
       E* keys = scratch.take<E>(dim_padded * kTileKeys<E>);
       E* values = scratch.take<E>(dim_padded * kTileKeys<E>);
-      tiles_[n] = {keys, values, 0, 0, -1, TileKind::kWindow};
+      tiles_[n] = {keys, values, 0, 0, -1, kWindow};
     }
   }
 
@@ -292,14 +290,13 @@ class TileCache {
   }
 
   // Tiles of one kind that it keeps together.
-  int64_t slots(TileKind kind) const { return kind == TileKind::kWindow ? slots_ : 1; }
+  int64_t slots(BranchIndex kind) const { return kind == kWindow ? slots_ : 1; }
 
   // The tile, packed by `pack(tile)` unless it is here already.
   template <typename Pack>
-  const Tile& get(TileKind kind, int64_t sequence, int64_t head, int64_t index, const Pack& pack) {
-    Tile& tile = tiles_[kind == TileKind::kWindow ? index % slots_
-                        : kind == TileKind::kNear ? slots_
-                                                  : slots_ + 1];
+  const Tile& get(BranchIndex kind, int64_t sequence, int64_t head, int64_t index,
+                  const Pack& pack) {
+    Tile& tile = tiles_[kind == kWindow ? index % slots_ : slots_ + kind];
     if (tile.index != index || tile.head != head || tile.sequence != sequence ||
         tile.kind != kind) {
       pack(tile);

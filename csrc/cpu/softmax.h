@@ -7,10 +7,6 @@
 constexpr float kMaxLag = 8.0f;
 constexpr float kLowestMax = std::numeric_limits<float>::lowest();
 
-// Up to here the rounding of a score in units of log2 is small beside 1. Beyond it the maximum,
-// which is rounded, and the scores must be rounded alike: a fused step would leave them far apart.
-constexpr float kFusedMax = 1 << 20;
-
 struct RowStates {
   float* max;  // [rows]
   float* sum;  // [rows][kLanes], partial sums by lane

@@ -17,8 +17,8 @@ using Stream = void*;  // a cudaStream_t
 struct DeviceFacts {
   int capability = 80;  // ten times the compute capability: 80, 86, 89, 90, 100, 120
   int multiprocessors = 1;
-  bool has_sm90a = true;  // whether there is code for sm_90a: in this build, for a device that is
-                          // there; in builds in general, for one that is described
+  bool has_sm90a = true;  // there is code for sm_90a. device_facts answers for this build; a device
+                          // that is only described is taken to be served by a build that has it
   bool has_sm90 = true;   // whether the code that it runs was compiled for 9.0 or later
 
   // Programmatic dependent launch: the device has it, and so has the code.

@@ -4,19 +4,17 @@
 
 #include "score.cuh"
 #include "shared_tile.cuh"
+#include "softmax.cuh"
 
 namespace lminf::cuda {
 
 // What a warp carries from tile to tile. Lane 4g + c holds columns 2c, 2c + 1 (and + 8, ...) of
 // rows g and g + 8 of each 16-row tile.
 template <int kHeadDim_, int kRowTiles_>
-struct WarpState {
+struct WarpState : RowStates<2 * kRowTiles_, 4> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kRows = 2 * kRowTiles;  // of a lane
-  float out[kRowTiles][kHeadDim / 8][4];       // not yet divided by the sum
-  float max[kRows];                            // of the scores so far, base 2
-  float sum[kRows];                            // this lane's share
+  float out[kRowTiles][kHeadDim / 8][4];  // not yet divided by the sum
 
   LMINF_DEVICE WarpState() {
 #pragma unroll
@@ -27,24 +25,6 @@ struct WarpState {
         for (int e = 0; e < 4; ++e) out[m][n][e] = 0.0f;
       }
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      max[r] = minus_infinity();
-      sum[r] = 0.0f;
-    }
-  }
-
-  // Row r of this lane over all its columns.
-  LMINF_DEVICE SoftmaxState row(int r) const {
-    float total = sum[r];
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    return {max[r], total};
-  }
-
-  // Where row r of this lane stands among the warp's rows.
-  LMINF_DEVICE static int row_index(int r, int lane) {
-    return 16 * (r / 2) + lane / 4 + 8 * (r % 2);
   }
 };
 
@@ -71,7 +51,7 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
   if (!full) {
 #pragma unroll
     for (int r = 0; r < State::kRows; ++r) {
-      const ColumnRange columns = rows.columns(State::row_index(r, lane));
+      const ColumnRange columns = rows.columns(tile_row(r, lane));
       seen[r] = columns.lo | columns.hi << 16;
     }
   }
@@ -116,7 +96,7 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int r = 2 * m + e / 2;
-          s[m][n][e] = rows.score(s[m][n][e], r, State::row_index(r, lane), 8 * n + 2 * c + e % 2);
+          s[m][n][e] = rows.score(s[m][n][e], r, tile_row(r, lane), 8 * n + 2 * c + e % 2);
         }
       }
     }
@@ -137,52 +117,10 @@ LMINF_DEVICE void attend(State& state, const Rows& rows, bool full, QTile q_tile
   }
 
   // --- Online softmax ---
-  float unit = rows.scoring().exponent_unit();
-  float factor[2 * kRowTiles];
-  bool changed = false, far = false;
-#pragma unroll
-  for (int r = 0; r < 2 * kRowTiles; ++r) {
-    float m = minus_infinity();
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) {
-      m = fmaxf(m, fmaxf(s[r / 2][n][2 * (r % 2)], s[r / 2][n][2 * (r % 2) + 1]));
-    }
-    m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, 2));
-    const float new_max = fmaxf(state.max[r], m * unit);
-    changed |= new_max != state.max[r];
-    factor[r] = ptx::exp2_approx(state.max[r] - softmax_base(new_max));
-    state.max[r] = new_max;
-    far |= fabsf(softmax_base(new_max)) > kFusedMax;
-  }
-  if (far) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[m][n][e] *= unit;
-      }
-    }
-    unit = 1.0f;
-  }
-#pragma unroll
-  for (int r = 0; r < 2 * kRowTiles; ++r) {
-    const float base = softmax_base(state.max[r]);
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[r / 2][n][2 * (r % 2) + e];
-        x = ptx::exp2_approx(fmaf(x, unit, -base));
-        sum += x;
-      }
-    }
-    state.sum[r] = state.sum[r] * factor[r] + sum;
-  }
+  float factor[State::kRows];
+  auto score = [&](int r, int n) -> float& { return s[r / 2][n / 2][2 * (r % 2) + n % 2]; };
   // Most tiles raise no row's maximum: then nothing needs rescaling.
-  if (__any_sync(kFullWarp, changed)) {
+  if (to_weights<kKeys / 4>(score, state, rows.scoring().exponent_unit(), factor)) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

@@ -61,6 +61,21 @@ LMINF_DEVICE fp16 from_float<fp16>(float x) {
   return __float2half_rn(x);
 }
 
+// Calls f with a value of the element type.
+template <typename F>
+void with_element_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kFloat16:
+      return f(fp16{});
+  }
+  throw std::invalid_argument("lminf: unknown element type " +
+                              std::to_string(static_cast<int>(dtype)));
+}
+
 // Two 16-bit elements in one register, the first in the low half.
 template <typename T>
 LMINF_DEVICE uint32_t pack(float low, float high);
@@ -205,15 +220,20 @@ class SharedArray {
 
 // --- Over a warp ---
 
-LMINF_DEVICE float warp_max(float x) {
+// The maximum or sum over a group of kLanes neighbours.
+template <int kLanes>
+LMINF_DEVICE float group_max(float x) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
+  }
   return x;
 }
 
-LMINF_DEVICE float warp_sum(float x) {
+template <int kLanes>
+LMINF_DEVICE float group_sum(float x) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kFullWarp, x, mask);
   return x;
 }
 

@@ -18,30 +18,24 @@ bool fits_tensor_cores(DType dtype, int64_t head_dim) {
   return dtype != DType::kFloat32 && head_dim % 8 == 0 && head_dim <= kSm80MaxHeadDim;
 }
 
-// Whether TMA covers a tensor: a side that is stepped over has a stride of its own, below 2^40
-// bytes.
-bool fits_tma(const void* data, const Strides& s, int64_t batch, int64_t heads, int64_t rows) {
-  constexpr int64_t kMaxSize = int64_t{1} << 31;
-  constexpr int64_t kMaxStride = int64_t{1} << 39;  // elements of 16 bits
-  auto fits = [&](int64_t size, int64_t stride) {
-    return size <= kMaxSize && (size <= 1 || (stride > 0 && stride < kMaxStride));
-  };
-  return data == nullptr || (fits(batch, s.batch) && fits(heads, s.head) && fits(rows, s.seq));
-}
-
 // Of what the tensor cores cover, what the kernel for Hopper does. Keys that the pre-pass rotates
 // are read from where it writes them. TMA brings whole tiles of global tokens: only with a window
 // as long as a tile no slot that holds nothing yet stands beside one that a query sees.
 bool hopper_covers(const LambdaAttnParams& p) {
+  auto fits_tma = [&](const void* data, const Strides& stride, int64_t heads, int64_t rows) {
+    return data == nullptr || rows == 0 ||
+           tensor_map_problem(sm90_map_shape(data, stride, p.batch, heads, rows, p.head_dim, 1)) ==
+               nullptr;
+  };
   const bool raw_keys = p.rope.rotary_dim == 0;
   return p.cu_seqlens == nullptr && !p.score.has_table() &&
          (!own_globals(p) || p.window >= kGlobalN) && p.head_dim <= kSm90MaxHeadDim &&
-         fits_tma(p.q, p.q_stride, p.batch, p.heads_q, p.seqlen_q) &&
-         fits_tma(p.out, p.out_stride, p.batch, p.heads_q, p.seqlen_q) &&
-         fits_tma(p.v, p.v_stride, p.batch, p.heads_kv, p.seqlen_k) &&
-         fits_tma(p.global_v, p.global_v_stride, p.batch, p.heads_kv, p.n_global) &&
-         (!raw_keys || (fits_tma(p.k, p.k_stride, p.batch, p.heads_kv, p.seqlen_k) &&
-                        fits_tma(p.global_k, p.global_k_stride, p.batch, p.heads_kv, p.n_global)));
+         fits_tma(p.q, p.q_stride, p.heads_q, p.seqlen_q) &&
+         fits_tma(p.out, p.out_stride, p.heads_q, p.seqlen_q) &&
+         fits_tma(p.v, p.v_stride, p.heads_kv, p.seqlen_k) &&
+         fits_tma(p.global_v, p.global_v_stride, p.heads_kv, p.n_global) &&
+         (!raw_keys || (fits_tma(p.k, p.k_stride, p.heads_kv, p.seqlen_k) &&
+                        fits_tma(p.global_k, p.global_k_stride, p.heads_kv, p.n_global)));
 }
 
 // Blocks of a multiprocessor that its shared memory has room for, 1 KiB of each the system's.

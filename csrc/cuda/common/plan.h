@@ -61,7 +61,6 @@ constexpr TileSizes kSm80Tiles[] = {
 };
 constexpr int kSm80Warps = 4;
 constexpr int kSm80Stages = 2;
-constexpr int kSm80PlanBytes = 640;
 constexpr int64_t kSm80MaxHeadDim = 256;
 
 // Of the smallest kernel that covers a head dim: its missing columns are zeros.
@@ -73,13 +72,12 @@ constexpr TileSizes sm80_tiles(int64_t head_dim) {
 }
 
 constexpr int sm80_shared_bytes(TileSizes t) {
-  return 2 * t.head_dim * (t.block_m + 2 * kSm80Stages * t.block_n) + kSm80PlanBytes;
+  return 2 * t.head_dim * (t.block_m + 2 * kSm80Stages * t.block_n) + kWalkBytes;
 }
 
 // --- Prefill on ordinary cores (prefill/plain.cu) ---
 
 constexpr int kPlainWarps = 4;
-constexpr int kPlainPlanBytes = 512;
 
 constexpr TileSizes plain_tiles(int64_t head_dim) {  // a key for each lane
   return {0, head_dim <= kManyDims ? 16 : 4, 32};
@@ -92,7 +90,7 @@ struct PlainSharedSizes {
       : rows(tiles.block_m * head_dim),
         keys(tiles.block_n * kKeyPitch),
         weights(tiles.block_m * tiles.block_n) {}
-  LMINF_HD int bytes() const { return 4 * (2 * rows + keys + weights) + kPlainPlanBytes; }
+  LMINF_HD int bytes() const { return 4 * (2 * rows + keys + weights) + kWalkBytes; }
 };
 
 // --- Keys rotated once, before either ---

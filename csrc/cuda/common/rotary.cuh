@@ -27,6 +27,18 @@ LMINF_DEVICE CosSin rotation(int64_t position, double inv_freq) {
 #endif
 }
 
+// Element `dim`, one of the rotated ones, of an un-rotated query or key at `position`.
+template <typename T>
+LMINF_DEVICE float rotated_element(const RopeParams& rope, const T* from, int dim,
+                                   int64_t position) {
+  const int t = rope.interleaved ? dim / 2 : dim % (rope.rotary_dim / 2);
+  const PairDims dims = pair_dims(t, rope.rotary_dim, rope.interleaved);
+  float first = to_float(load_global(from + dims.first));
+  float second = to_float(load_global(from + dims.second));
+  rotate_pair(rotation(position, load_frequency(rope, t)), first, second);
+  return (dim == dims.first ? first : second) * rope.scaling;
+}
+
 // The sequence s of [0, n) with start(s) <= x < start(s + 1), for a non-decreasing `start` with
 // start(0) <= x: the last one when several start there.
 template <typename Start>

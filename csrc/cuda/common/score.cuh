@@ -23,15 +23,6 @@ LMINF_DEVICE float fast_tanh(float x) {
   return 1.0f - fast_divide(2.0f, ptx::exp2_approx(2.0f * kLog2e * x) + 1.0f);
 }
 
-// What the scores of a row, in base 2, are relative to. A row that has seen no key yet keeps its
-// maximum -inf; against 0 its weights come out 0.
-LMINF_DEVICE float softmax_base(float max) { return max == minus_infinity() ? 0.0f : max; }
-
-// Up to here the rounding of a score in base 2 is small beside 1. Beyond it a fused multiply-add
-// would leave a score and its rounded maximum many powers of 2 apart, so scores are multiplied
-// first and rounded as the maximum was.
-constexpr float kFusedMax = 1 << 20;
-
 // What a kernel does to a product <q, k>.
 struct Scoring {
   float scale, softcap;

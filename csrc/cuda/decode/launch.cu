@@ -5,8 +5,6 @@
 // Schedule of the merge: a block takes one query head; its warps share out the splits, each with
 // many loads under way together, then meet in shared memory. Where the device overlaps launches it
 // starts while the splits still run, and waits for their results alone.
-#include <stdexcept>
-
 #include "../common/score.cuh"
 #include "../ptx/grid.cuh"
 #include "launch.h"
@@ -108,12 +106,6 @@ __global__ void __launch_bounds__(kMergeThreads) lambda_decode_merge_kernel(cons
   }
 }
 
-template <typename T>
-void run_merge(const DecodeLaunch& l, bool overlaps, Stream stream) {
-  launch("lambda_decode_merge", lambda_decode_merge_kernel<T>,
-         {l.p.batch * l.p.heads_q, kMergeThreads, kMergeSharedBytes, overlaps}, stream, l);
-}
-
 }  // namespace
 
 template <>
@@ -138,15 +130,11 @@ void run_op(const LambdaDecodeParams& params, const DeviceFacts& device, void* w
     lambda_decode_plain(l, stream);
   }
   if (l.splits == 1) return;
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return run_merge<float>(l, plan.overlaps, stream);
-    case DType::kBFloat16:
-      return run_merge<bf16>(l, plan.overlaps, stream);
-    case DType::kFloat16:
-      return run_merge<fp16>(l, plan.overlaps, stream);
-  }
-  throw std::invalid_argument("lambda_decode: unknown dtype");
+  with_element_type(params.dtype, [&](auto element) {
+    launch("lambda_decode_merge", lambda_decode_merge_kernel<decltype(element)>,
+           {params.batch * params.heads_q, kMergeThreads, kMergeSharedBytes, plan.overlaps}, stream,
+           l);
+  });
 }
 
 }  // namespace lminf::cuda

@@ -96,18 +96,6 @@ LMINF_DEVICE int64_t met_at(const LambdaDecodeParams& p, const DecodeBlock& d, i
   return max64(j, d.position - min64(p.max_distance, kUnbounded));
 }
 
-// Element `dim`, one of the rotated ones, of an un-rotated query or key at `position`.
-template <typename T>
-LMINF_DEVICE float rotated_element(const RopeParams& rope, const T* from, int dim,
-                                   int64_t position) {
-  const int t = rope.interleaved ? dim / 2 : dim % (rope.rotary_dim / 2);
-  const PairDims dims = pair_dims(t, rope.rotary_dim, rope.interleaved);
-  float first = to_float(load_global(from + dims.first));
-  float second = to_float(load_global(from + dims.second));
-  rotate_pair(rotation(position, load_frequency(rope, t)), first, second);
-  return (dim == dims.first ? first : second) * rope.scaling;
-}
-
 // Many results over disjoint keys in one. `weights` multiply their *unnormalised* outputs. Without
 // the branches of core's merge, so that no weight waits for another.
 template <int kCount>
@@ -139,8 +127,8 @@ LMINF_DEVICE void store_decoded(const DecodeLaunch& l, const DecodeBlock& d, int
     return;
   }
   const SoftmaxEnd end = Sink(p.score, head).finish(state);
-  T* out_row = static_cast<T*>(p.out) + d.batch * p.out_stride.batch + head * p.out_stride.head;
-  store_global(out_row + dim, from_float<T>(out * end.out_scale));
+  store_global(row_at<T>(p.out, p.out_stride, d.batch, head) + dim,
+               from_float<T>(out * end.out_scale));
   if (dim == 0) store_global(p.lse + row, end.lse);
 }
 

@@ -6,6 +6,7 @@
 // float32, a piece of their dims at a time. A lane works out the products of one key with every
 // second of the warp's heads, then owns dims.
 #include "../common/score.cuh"
+#include "../common/softmax.cuh"
 #include "../ptx/grid.cuh"
 #include "launch.h"
 
@@ -13,23 +14,6 @@ namespace lminf::cuda {
 namespace {
 
 constexpr int kHalves = kWarpSize / kDecodeTileKeys;  // a half warp for each of two rows at a time
-
-// The maximum or sum over a half warp.
-LMINF_DEVICE float half_warp_max(float x) {
-#pragma unroll
-  for (int mask = kDecodeTileKeys / 2; mask > 0; mask /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, mask));
-  }
-  return x;
-}
-
-LMINF_DEVICE float half_warp_sum(float x) {
-#pragma unroll
-  for (int mask = kDecodeTileKeys / 2; mask > 0; mask /= 2) {
-    x += __shfl_xor_sync(kFullWarp, x, mask);
-  }
-  return x;
-}
 
 // Two blocks a multiprocessor: told nothing, ptxas aims at more of the small ones, and spills.
 template <typename T, int kRows>
@@ -59,32 +43,27 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
              weights = take(sizes.weights), new_k = take(head_dim), new_v = take(head_dim);
 
   // --- q and the new token, rotated; the token is written to its slots ---
-  const T* q_rows = static_cast<const T*>(p.q) + d.batch * p.q_stride.batch;
+  const T* q_rows = row_at<const T>(p.q, p.q_stride, d.batch, first_head);
   for (int i = thread; i < kRows * head_dim; i += kThreads) {
     const int row = i / head_dim, dim = i % head_dim;
     q[i] = row < heads && d.position >= 0
-               ? to_float(load_global(q_rows + (first_head + row) * p.q_stride.head + dim))
+               ? to_float(load_global(q_rows + row * p.q_stride.head + dim))
                : 0.0f;
     out[i] = 0.0f;
   }
   if (d.position >= 0) {
-    const T* k =
-        static_cast<const T*>(p.k) + d.batch * p.k_stride.batch + d.kv_head * p.k_stride.head;
-    const T* v =
-        static_cast<const T*>(p.v) + d.batch * p.v_stride.batch + d.kv_head * p.v_stride.head;
+    const T* k = row_at<const T>(p.k, p.k_stride, d.batch, d.kv_head);
+    const T* v = row_at<const T>(p.v, p.v_stride, d.batch, d.kv_head);
+    const bool is_global = d.appends && d.position < p.n_global;
+    T* global_k = row_at<T>(p.global_k, p.global_k_stride, d.batch, d.kv_head, d.position);
+    T* global_v = row_at<T>(p.global_v, p.global_v_stride, d.batch, d.kv_head, d.position);
     for (int dim = thread; dim < head_dim; dim += kThreads) {
       const T key = load_global(k + dim), value = load_global(v + dim);
       new_k[dim] = to_float(key);
       new_v[dim] = to_float(value);
-      if (d.appends && d.position < p.n_global) {
-        store_global(static_cast<T*>(p.global_k) + d.batch * p.global_k_stride.batch +
-                         d.kv_head * p.global_k_stride.head + d.position * p.global_k_stride.seq +
-                         dim,
-                     key);
-        store_global(static_cast<T*>(p.global_v) + d.batch * p.global_v_stride.batch +
-                         d.kv_head * p.global_v_stride.head + d.position * p.global_v_stride.seq +
-                         dim,
-                     value);
+      if (is_global) {
+        store_global(global_k + dim, key);
+        store_global(global_v + dim, value);
       }
     }
   }
@@ -110,29 +89,26 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
   __syncthreads();
   if (d.appends) {
     const int64_t slot = ring_slot(p, d.position);
+    T* ring_k = row_at<T>(p.ring_k, p.ring_k_stride, d.batch, d.kv_head, slot);
+    T* ring_v = row_at<T>(p.ring_v, p.ring_v_stride, d.batch, d.kv_head, slot);
     for (int dim = thread; dim < head_dim; dim += kThreads) {
-      store_global(static_cast<T*>(p.ring_k) + d.batch * p.ring_k_stride.batch +
-                       d.kv_head * p.ring_k_stride.head + slot * p.ring_k_stride.seq + dim,
-                   from_float<T>(new_k[dim]));
-      store_global(static_cast<T*>(p.ring_v) + d.batch * p.ring_v_stride.batch +
-                       d.kv_head * p.ring_v_stride.head + slot * p.ring_v_stride.seq + dim,
-                   from_float<T>(new_v[dim]));
+      store_global(ring_k + dim, from_float<T>(new_k[dim]));
+      store_global(ring_v + dim, from_float<T>(new_v[dim]));
     }
   }
 
   // --- The split's tiles ---
   const Scoring scoring(p.score);
   const int half = lane / kDecodeTileKeys, column = lane % kDecodeTileKeys;
-  SoftmaxState state[kWarpRows];
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) state[r] = empty_softmax();
+  constexpr int kOwnRows = kWarpRows / kHalves;  // of a lane: every second of its warp's
+  RowStates<kOwnRows, kDecodeTileKeys> state;
 
   for (int64_t index = d.tiles.lo; index < d.tiles.hi; ++index) {
     const DecodeTile tile = decode_tile(d, index);
     // A piece of keys or values; the new token comes from shared memory, missing rows are zeros.
     auto load = [&](const void* data, const Strides& s, const SharedArray<float>& own, int first,
                     int width, bool rotated) {
-      const T* rows = static_cast<const T*>(data) + d.batch * s.batch + d.kv_head * s.head;
+      const T* rows = row_at<const T>(data, s, d.batch, d.kv_head);
       const int64_t first_slot = tile.global ? tile.first : ring_slot(p, tile.first);
       const int64_t slots = tile.global ? p.n_global : p.capacity;
       __syncthreads();  // the last use of what stood here
@@ -156,55 +132,47 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
     };
 
     // Before the softmax: products of this lane's key with its half's rows.
-    float product[kWarpRows / kHalves] = {};
+    float product[kOwnRows] = {};
     for (int first = 0; first < head_dim; first += kPlainPiece) {
       const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
       load(tile.global ? p.global_k : p.ring_k, tile.global ? p.global_k_stride : p.ring_k_stride,
            new_k, first, width, tile.global);
-      float part[kWarpRows / kHalves] = {};  // a sum of its own: long sums lose digits
+      float part[kOwnRows] = {};  // a sum of its own: long sums lose digits
       for (int dim = 0; dim < width; ++dim) {
         const float key = keys[column * kKeyPitch + dim];
 #pragma unroll
-        for (int r = 0; r < kWarpRows / kHalves; ++r) {
+        for (int r = 0; r < kOwnRows; ++r) {
           const int row = warp * kWarpRows + kHalves * r + half;
           part[r] = fmaf(q[row * head_dim + first + dim], key, part[r]);
         }
       }
 #pragma unroll
-      for (int r = 0; r < kWarpRows / kHalves; ++r) product[r] += part[r];
+      for (int r = 0; r < kOwnRows; ++r) product[r] += part[r];
     }
-    float factor[kWarpRows];
+    float factor[kOwnRows];
+    const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
 #pragma unroll
-    for (int r = 0; r < kWarpRows; r += kHalves) {
-      const int row = warp * kWarpRows + r + half;
-      const float slope = row < heads ? alibi_slope(p.score, first_head + row) : 0.0f;
-      const int64_t distance = clamped_distance(d.position - tile.first - column, p.max_distance);
-      const float bias = row < heads ? bias_at(p.score, first_head + row, distance, 0) : 0.0f;
-      float s = minus_infinity();
-      if (column < tile.keys) {
-        s = scoring.only_scales() ? product[r / kHalves] * scoring.exponent_unit()
-                                  : scoring.score<true>(product[r / kHalves], slope,
-                                                        static_cast<float>(distance), bias);
+    for (int r = 0; r < kOwnRows; ++r) {
+      // A row without a head computes what the last one does, for nobody.
+      const int64_t head = first_head + min64(warp * kWarpRows + kHalves * r + half, heads - 1);
+      if (column >= tile.keys) {
+        product[r] = minus_infinity();
+      } else if (!scoring.only_scales()) {
+        product[r] =
+            scoring.score<true>(product[r], alibi_slope(p.score, head),
+                                static_cast<float>(distance), bias_at(p.score, head, distance, 0));
       }
-      // Both halves' results go to all lanes, so that every lane knows all of the warp's rows.
-      const float max = half_warp_max(s);
+    }
+    to_weights<1>([&](int r, int) -> float& { return product[r]; }, state, scoring.exponent_unit(),
+                  factor);
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
-        const float row_max = __shfl_sync(kFullWarp, max, h * kDecodeTileKeys);
-        const float new_max = fmaxf(state[r + h].max, row_max);
-        factor[r + h] = rescale_factor(state[r + h].max, new_max);
-        state[r + h].max = new_max;
-      }
-      const float own_max = half == 0 ? state[r].max : state[r + kHalves - 1].max;
-      // A row whose keys were all hidden so far has max -inf; against 0 its weights come out 0.
-      const float weight = exp2f(s - (own_max == minus_infinity() ? 0.0f : own_max));
-      const float sum = half_warp_sum(weight);
+    for (int r = 0; r < kOwnRows; ++r) {
+      weights[(warp * kWarpRows + kHalves * r + half) * kDecodeTileKeys + column] = product[r];
+    }
+    float factors[kWarpRows];  // of both halves' rows
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
-        state[r + h].sum =
-            state[r + h].sum * factor[r + h] + __shfl_sync(kFullWarp, sum, h * kDecodeTileKeys);
-      }
-      weights[row * kDecodeTileKeys + column] = weight;
+    for (int r = 0; r < kWarpRows; ++r) {
+      factors[r] = __shfl_sync(kFullWarp, factor[r / kHalves], r % kHalves * kDecodeTileKeys);
     }
     for (int first = 0; first < head_dim; first += kPlainPiece) {
       const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
@@ -220,7 +188,7 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
             total = fmaf(weights[row * kDecodeTileKeys + key], keys[key * kKeyPitch + dim], total);
           }
           float& o = out[row * head_dim + first + dim];
-          o = o * factor[r] + total;
+          o = o * factors[r] + total;
         }
       }
     }
@@ -229,9 +197,12 @@ __global__ void __launch_bounds__(decode_plain_warps(kRows) * kWarpSize, 2)
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const int row = warp * kWarpRows + r;
+    SoftmaxState total = state.row(r / kHalves);
+    total.max = __shfl_sync(kFullWarp, total.max, r % kHalves * kDecodeTileKeys);
+    total.sum = __shfl_sync(kFullWarp, total.sum, r % kHalves * kDecodeTileKeys);
     if (row >= heads) continue;
     for (int dim = lane; dim < head_dim; dim += kWarpSize) {
-      store_decoded<T>(l, d, first_head + row, dim, out[row * head_dim + dim], state[r]);
+      store_decoded<T>(l, d, first_head + row, dim, out[row * head_dim + dim], total);
     }
   }
 }
@@ -254,15 +225,7 @@ void run(const DecodeLaunch& l, Stream stream) {
 }  // namespace
 
 void lambda_decode_plain(const DecodeLaunch& launch, Stream stream) {
-  switch (launch.p.dtype) {
-    case DType::kFloat32:
-      return run<float>(launch, stream);
-    case DType::kBFloat16:
-      return run<bf16>(launch, stream);
-    case DType::kFloat16:
-      return run<fp16>(launch, stream);
-  }
-  throw std::invalid_argument("lambda_decode: unknown dtype");
+  with_element_type(launch.p.dtype, [&](auto element) { run<decltype(element)>(launch, stream); });
 }
 
 }  // namespace lminf::cuda

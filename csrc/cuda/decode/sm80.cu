@@ -86,11 +86,10 @@ LMINF_DEVICE void issue_tile(const DecodeLaunch& l, const DecodeBlock& d, const 
   auto place = [&](const void* data, const Strides& stride) {
     const int64_t row_bytes = stride.seq * static_cast<int64_t>(sizeof(T));
     const int64_t slot = first_slot + first_row - (first_row >= wrap ? slots : 0);
-    return Place{
-        reinterpret_cast<const char*>(static_cast<const T*>(data) + d.batch * stride.batch +
-                                      d.kv_head * stride.head + chunk * Tile::kChunk) +
-            slot * row_bytes,
-        kStep * row_bytes, slots * row_bytes};
+    return Place{reinterpret_cast<const char*>(row_at<const T>(data, stride, d.batch, d.kv_head) +
+                                               chunk * Tile::kChunk) +
+                     slot * row_bytes,
+                 kStep * row_bytes, slots * row_bytes};
   };
   Place k = tile.global ? place(p.global_k, p.global_k_stride) : place(p.ring_k, p.ring_k_stride);
   Place v = tile.global ? place(p.global_v, p.global_v_stride) : place(p.ring_v, p.ring_v_stride);
@@ -150,12 +149,9 @@ __global__ void __launch_bounds__(Traits::kThreads, kDecodeSm80Blocks)
 
   // --- q and the new token, rotated; the token is written to its slots ---
   if (d.position >= 0) {
-    const T* q =
-        static_cast<const T*>(p.q) + d.batch * p.q_stride.batch + first_head * p.q_stride.head;
-    const T* k =
-        static_cast<const T*>(p.k) + d.batch * p.k_stride.batch + d.kv_head * p.k_stride.head;
-    const T* v =
-        static_cast<const T*>(p.v) + d.batch * p.v_stride.batch + d.kv_head * p.v_stride.head;
+    const T* q = row_at<const T>(p.q, p.q_stride, d.batch, first_head);
+    const T* k = row_at<const T>(p.k, p.k_stride, d.batch, d.kv_head);
+    const T* v = row_at<const T>(p.v, p.v_stride, d.batch, d.kv_head);
     for (int i = thread; i < (kDecodeRows + 2) * kChunks; i += Traits::kThreads) {
       const int row = i / kChunks, chunk = i % kChunks;
       const bool is_query = row < kDecodeRows;
@@ -170,9 +166,9 @@ __global__ void __launch_bounds__(Traits::kThreads, kDecodeSm80Blocks)
         new_tile.chunk(row - kDecodeRows, chunk) = data;
         if (d.appends && d.position < p.n_global && chunk * kChunk < p.head_dim) {
           const bool is_key = row == kDecodeRows;
-          const Strides& s = is_key ? p.global_k_stride : p.global_v_stride;
-          T* slot = static_cast<T*>(is_key ? p.global_k : p.global_v) + d.batch * s.batch +
-                    d.kv_head * s.head + d.position * s.seq;
+          T* slot = row_at<T>(is_key ? p.global_k : p.global_v,
+                              is_key ? p.global_k_stride : p.global_v_stride, d.batch, d.kv_head,
+                              d.position);
           store_global(reinterpret_cast<Chunk*>(slot + chunk * kChunk), data);
         }
       }
@@ -191,9 +187,8 @@ __global__ void __launch_bounds__(Traits::kThreads, kDecodeSm80Blocks)
       for (int i = thread; i < 2 * kChunks; i += Traits::kThreads) {
         const bool is_key = i < kChunks;
         const int chunk = i % kChunks;
-        const Strides& s = is_key ? p.ring_k_stride : p.ring_v_stride;
-        T* row = static_cast<T*>(is_key ? p.ring_k : p.ring_v) + d.batch * s.batch +
-                 d.kv_head * s.head + slot * s.seq;
+        T* row = row_at<T>(is_key ? p.ring_k : p.ring_v, is_key ? p.ring_k_stride : p.ring_v_stride,
+                           d.batch, d.kv_head, slot);
         if (chunk * kChunk < p.head_dim) {
           store_global(reinterpret_cast<Chunk*>(row + chunk * kChunk),
                        new_tile.chunk(is_key ? 0 : 1, chunk));

@@ -10,8 +10,6 @@
 // least of its list, which stands sorted in the workspace; few are, so lists are short work. A
 // second kernel, a block for each query head, merges the splits' lists and adds up the values.
 // Among equal scores the earlier key is chosen, however the keys are split.
-#include <stdexcept>
-
 #include "../common/plan.h"
 #include "../common/rotary.cuh"
 #include "../common/score.cuh"
@@ -142,20 +140,14 @@ __global__ void __launch_bounds__(kThreads, 4) middle_select_kernel(const Middle
   // --- Queries, rotated by the distance and scaled ---
   const SharedArray<float> q(shared_memory(), kHeads * head_dim);
   const SharedArray<float> scores(shared_memory() + 4 * kHeads * head_dim, kHeads * kTileKeys);
-  const T* q_rows = static_cast<const T*>(p.q) + b * p.q_stride.batch;
   for (int i = thread; i < kHeads * head_dim; i += kThreads) {
     const int h = i / head_dim, dim = i % head_dim;
-    const T* row = q_rows + (first_head + h) * p.q_stride.head;
+    const T* row = row_at<const T>(p.q, p.q_stride, b, first_head + h);
     float x = 0.0f;
     if (h < heads && dim >= p.rope.rotary_dim) {
       x = to_float(load_global(row + dim));
     } else if (h < heads) {
-      const int t = p.rope.interleaved ? dim / 2 : dim % (p.rope.rotary_dim / 2);
-      const PairDims dims = pair_dims(t, p.rope.rotary_dim, p.rope.interleaved);
-      float a = to_float(load_global(row + dims.first));
-      float c = to_float(load_global(row + dims.second));
-      rotate_pair(rotation(p.distance, load_frequency(p.rope, t)), a, c);
-      x = (dim == dims.first ? a : c) * p.rope.scaling * p.rope.scaling;
+      x = rotated_element(p.rope, row, dim, p.distance) * p.rope.scaling;
     }
     q[i] = x * p.score.scale;
   }
@@ -163,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 4) middle_select_kernel(const Middle
 
   // --- The split's keys, a tile at a time ---
   const int lanes = l.lanes, own = thread % lanes, groups = kThreads / lanes;
-  const T* k_rows = static_cast<const T*>(p.k) + b * p.k_stride.batch + kv_head * p.k_stride.head;
+  const T* k_rows = row_at<const T>(p.k, p.k_stride, b, kv_head);
   float least = minus_infinity();  // of this warp's list
   for (int64_t tile = keys.lo; tile < keys.hi; tile += kTileKeys) {
     const int n_keys = static_cast<int>(min64(kTileKeys, keys.hi - tile));
@@ -250,9 +242,8 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
   }
 
   // --- Their softmax with that of the Λ result ---
-  const T* lambda_out = static_cast<const T*>(p.lambda_out) + b * p.lambda_out_stride.batch +
-                        head * p.lambda_out_stride.head;
-  T* out = static_cast<T*>(p.out) + b * p.out_stride.batch + head * p.out_stride.head;
+  const T* lambda_out = row_at<const T>(p.lambda_out, p.lambda_out_stride, b, head);
+  T* out = row_at<T>(p.out, p.out_stride, b, head);
   const float lambda_lse = load_global(p.lambda_lse + row);
   if (load_global(top.position) < 0) {
     for (int dim = thread; dim < p.head_dim; dim += kThreads) {
@@ -276,8 +267,7 @@ __global__ void __launch_bounds__(kThreads) middle_merge_kernel(const MiddleLaun
   const float max = fmaxf(visible_max, sink);
   const float seen = exp2f(lambda - max), sunk = exp2f(sink - max);
   const int64_t first = first_position(p, b);
-  const T* v_rows = static_cast<const T*>(p.v) + b * p.v_stride.batch +
-                    head / (p.heads_q / p.heads_kv) * p.v_stride.head;
+  const T* v_rows = row_at<const T>(p.v, p.v_stride, b, head / (p.heads_q / p.heads_kv));
   for (int dim = thread; dim < p.head_dim; dim += kThreads) {
     float total = to_float(load_global(lambda_out + dim)) * (seen + sunk), sum = 0.0f;
     float visible = exp2f(lambda - visible_max);  // which a large sink leaves alone
@@ -341,15 +331,7 @@ void run_op(const MiddleTopkParams& params, const DeviceFacts& device, void* wor
   l.head_tiles = shape.head_tiles;
   l.position = static_cast<int64_t*>(workspace);
   l.score = reinterpret_cast<float*>(static_cast<char*>(workspace) + shape.position_bytes);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return run<float>(l, stream);
-    case DType::kBFloat16:
-      return run<bf16>(l, stream);
-    case DType::kFloat16:
-      return run<fp16>(l, stream);
-  }
-  throw std::invalid_argument("middle_topk: unknown dtype");
+  with_element_type(params.dtype, [&](auto element) { run<decltype(element)>(l, stream); });
 }
 
 }  // namespace lminf::cuda

@@ -15,14 +15,17 @@ void run_op(const LambdaAttnParams& params, const DeviceFacts& device, void* wor
             Stream stream) {
   if (plan_of(params, device).blocks == 0) return;
 
+  const RowPositions as_keys = {RowPositions::kAsKeys, nullptr,           0, 0, params.k_start,
+                                params.cu_seqlens,     params.n_sequences};
+  const KeyTensor raw = {params.k, params.k_stride, params.seqlen_k, as_keys};
+  const KeyTensor raw_globals = {
+      params.global_k, params.global_k_stride, params.n_global, {RowPositions::kByPosition}};
   AttnSources sources;
   sources.p = params;
-  sources.has_near = may_have_near(params);
-  sources.has_far = may_have_far(params);
-  const KeyTensor raw{params.k, params.k_stride, params.seqlen_k};
-  const KeyTensor raw_globals{params.global_k, params.global_k_stride, params.n_global, true};
-  sources.window_k = raw;
-  sources.near_k = sources.far_k = own_globals(params) ? raw_globals : raw;
+  sources.ready[kWindow] = true;
+  sources.ready[kNear] = may_have_near(params);
+  sources.ready[kFar] = may_have_far(params);
+  sources.k[kWindow] = raw;
 
   const AttnWorkspace w = attn_workspace(params);
   RotateParams rotate;
@@ -30,61 +33,53 @@ void run_op(const LambdaAttnParams& params, const DeviceFacts& device, void* wor
   rotate.heads = params.heads_kv;
   rotate.head_dim = params.head_dim;
   rotate.rope = params.rope;
-  auto run = [&](const Region& region, const KeyTensor& from) {
-    KeyTensor made = from;
+  // Rotated keys, row by row at `positions`, in their region of the workspace.
+  auto rotated = [&](const Region& region, const KeyTensor& from, RowPositions positions) {
+    KeyTensor made;
     made.data = static_cast<char*>(workspace) + region.offset;
     made.rows = region.rows;
     made.stride.seq = params.head_dim;
     made.stride.head = region.rows * made.stride.seq;
     made.stride.batch = params.heads_kv * made.stride.head;
+    made.positions = positions;
     rotate.x = from.data;
     rotate.x_stride = from.stride;
-    if (params.cu_seqlens != nullptr)
-      rotate.x_stride.batch = 0;  // all sequences stand in one entry
+    if (positions.kind == RowPositions::kBySequence) rotate.x_stride.batch = 0;
+    rotate.x_rows = from.rows;
     rotate.out = const_cast<void*>(made.data);
     rotate.out_stride = made.stride;
     rotate.batch = region.batch;
     rotate.rows = region.rows;
-    rotate.x_rows = from.rows;
+    rotate.positions = positions;
     if (rotate.rows > 0 && rotate.batch > 0) rotate_rows(rotate, stream);
     return made;
   };
+  // Global keys stand by position once rotated, unless there would be more of them than keys.
+  const KeyTensor& from = own_globals(params) ? raw_globals : raw;
+  sources.k[kNear] = sources.k[kFar] = from;
+  RowPositions globals = from.positions;
+  if (!own_globals(params)) {
+    globals.kind = w.far_per_row                  ? RowPositions::kAsKeys
+                   : params.cu_seqlens != nullptr ? RowPositions::kBySequence
+                                                  : RowPositions::kByPosition;
+  }
 
   if (w.window.used()) {
-    KeyTensor seen = raw;
-    seen.first = rotate.first_row = w.first_window_key;
-    seen.rows -= seen.first;
-    seen.data = static_cast<const char*>(raw.data) +
-                seen.first * raw.stride.seq * element_bytes(params.dtype);
-    rotate.copied_rows = max64(0, params.k_rotated - seen.first);
-    rotate.start = params.k_start;
-    rotate.cu_seqlens = params.cu_seqlens;
-    rotate.n_sequences = params.n_sequences;
-    sources.window_k = run(w.window, seen);
-    rotate.copied_rows = rotate.first_row = 0;
+    RowPositions positions = as_keys;
+    positions.first = w.first_window_key;
+    rotate.copied_rows = params.k_rotated;
+    sources.k[kWindow] = rotated(w.window, raw, positions);
+    rotate.copied_rows = 0;
   }
-  if (!own_globals(params)) sources.near_k = sources.window_k;
-  if (w.near.used() && own_globals(params)) {
-    rotate.start = nullptr;
-    sources.near_k = run(w.near, raw_globals);
-  } else if (w.near.used()) {
-    rotate.rows_are_positions = true;
-    sources.near_k = run(w.near, raw);
-    sources.near_k.by_position = true;
+  if (w.near.used()) {
+    sources.k[kNear] = rotated(w.near, from, globals);
+  } else if (!own_globals(params)) {
+    sources.k[kNear] = sources.k[kWindow];
   }
   if (w.far.used()) {
-    rotate.has_fixed_position = true;
-    rotate.fixed_position = -min64(params.max_distance, kUnbounded);
+    rotate.least_position = rotate.max_position = -min64(params.max_distance, kUnbounded);
     rotate.rope.scaling = params.rope.scaling * params.rope.scaling;
-    if (own_globals(params)) {
-      rotate.start = nullptr;
-      sources.far_k = run(w.far, raw_globals);
-    } else {
-      rotate.rows_are_positions = !w.far_per_row;
-      sources.far_k = run(w.far, raw);
-      sources.far_k.by_position = !w.far_per_row;
-      sources.far_k.by_sequence = params.cu_seqlens != nullptr && !w.far_per_row;
-    }
+    sources.k[kFar] = rotated(w.far, from, globals);
   }
 
   const bool is_bf16 = params.dtype == DType::kBFloat16;

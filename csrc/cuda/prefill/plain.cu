@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "../common/score.cuh"
+#include "../common/softmax.cuh"
 #include "launch.h"
 
 namespace lminf::cuda {
@@ -27,14 +28,12 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
   const int lane = thread % kWarpSize;
   const int warp_row = thread / kWarpSize * kWarpRows;
   const int head_dim = static_cast<int>(p.head_dim);
-  const QueryTile tile = query_tile(sources, blockIdx.x, kBlockM);
-  if (tile.rows <= 0) return;
 
   // --- Shared memory ---
   const PlainSharedSizes sizes({head_dim, kBlockM, kBlockN}, head_dim);
   unsigned char* memory = shared_memory();
-  const SharedArray<BranchPlan<T>> plans(memory, kBranches);
-  memory += kPlainPlanBytes;
+  BlockWalk<T>& walk = SharedArray<BlockWalk<T>>(memory, 1)[0];
+  memory += kWalkBytes;
   auto take = [&](int floats) {
     const SharedArray<float> array(memory, floats);
     memory += 4 * floats;
@@ -43,9 +42,11 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
   const auto q = take(sizes.rows), out = take(sizes.rows), keys = take(sizes.keys),
              weights = take(sizes.weights);
 
-  if (thread < kBranches) plans[thread] = branch_plan<T>(sources, tile, thread, kBlockN);
-  const T* q_rows = static_cast<const T*>(p.q) + tile.batch * p.q_stride.batch +
-                    tile.head * p.q_stride.head + tile.first_row * p.q_stride.seq;
+  if (thread < kWarpSize) walk.fill(sources, blockIdx.x, kBlockM, kBlockN, kBlockN, lane);
+  __syncthreads();
+  const QueryTile& tile = walk.tile;
+  if (tile.rows <= 0) return;
+  const T* q_rows = row_at<const T>(p.q, p.q_stride, tile.batch, tile.head, tile.first_row);
   for (int i = thread; i < kBlockM * head_dim; i += kThreads) {
     const int row = i / head_dim, dim = i % head_dim;
     q[i] = row < tile.rows ? to_float(load_global(q_rows + row * p.q_stride.seq + dim)) : 0.0f;
@@ -55,12 +56,7 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
 
   const Scoring scoring(p.score);
   const float slope = alibi_slope(p.score, tile.head);
-  float max[kWarpRows], sum[kWarpRows];
-#pragma unroll
-  for (int r = 0; r < kWarpRows; ++r) {
-    max[r] = minus_infinity();
-    sum[r] = 0.0f;
-  }
+  RowStates<kWarpRows, kWarpSize> state;
 
   for (int branch = kFar; branch < kBranches; ++branch) {
     if (branch == kNear && p.rope.rotary_dim > 0) {
@@ -74,9 +70,9 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
         second *= p.rope.scaling;
       }
     }
-    const BranchPlan<T> plan = plans[branch];
-    for (int64_t index = plan.tiles.begin; index < plan.tiles.end; ++index) {
-      const int64_t position = plan.origin + index * kBlockN;
+    const BranchKeys<T>& met = walk.branches[branch];
+    for (int64_t index = met.tiles.begin; index < met.tiles.end; ++index) {
+      const int64_t position = met.position(index);
 
       // A piece of keys or values; those that no query sees are zeros, whatever stands there.
       auto load = [&](const T* rows, int64_t origin, int64_t stride, int first, int width) {
@@ -84,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
         for (int i = thread; i < kBlockN * width; i += kThreads) {
           const int row = i / width, dim = i % width;
           const int64_t j = position + row;
-          const bool there = j >= plan.visible.lo && j < plan.visible.hi;
+          const bool there = j >= met.visible.lo && j < met.visible.hi;
           keys[row * kKeyPitch + dim] =
               there ? to_float(load_global(rows + (j - origin) * stride + first + dim)) : 0.0f;
         }
@@ -95,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
       float product[kWarpRows] = {};
       for (int first = 0; first < head_dim; first += kPlainPiece) {
         const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
-        load(plan.k, plan.k_origin, plan.k_stride, first, width);
+        load(met.k, met.k_origin, met.k_stride, first, width);
         float part[kWarpRows] = {};  // a sum of its own: long sums lose digits
         for (int dim = 0; dim < width; ++dim) {
           const float key = keys[lane * kKeyPitch + dim];
@@ -111,28 +107,23 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
 #pragma unroll
       for (int r = 0; r < kWarpRows; ++r) {
         const int64_t i = tile.positions.lo + warp_row + r, j = position + lane;
-        const float s =
-            plan.branch.sees(i, j)
-                ? (scoring.only_scales()
-                       ? product[r] * scoring.exponent_unit()
-                       : scoring.score<true>(
-                             product[r], slope,
-                             static_cast<float>(clamped_distance(i - j, p.max_distance)),
-                             bias_at(p.score, tile.head, i - j, 0)))
-                : minus_infinity();
-        const float new_max = fmaxf(max[r], warp_max(s));
-        const float base = new_max == minus_infinity() ? 0.0f : new_max;
-        factor[r] = exp2f(max[r] - base);
-        max[r] = new_max;
-        const float weight = exp2f(s - base);
-        sum[r] = sum[r] * factor[r] + warp_sum(weight);
-        weights[(warp_row + r) * kBlockN + lane] = weight;
+        if (!met.branch.sees(i, j)) {
+          product[r] = minus_infinity();
+        } else if (!scoring.only_scales()) {
+          product[r] = scoring.score<true>(
+              product[r], slope, static_cast<float>(clamped_distance(i - j, p.max_distance)),
+              bias_at(p.score, tile.head, i - j, 0));
+        }
       }
+      to_weights<1>([&](int r, int) -> float& { return product[r]; }, state,
+                    scoring.exponent_unit(), factor);
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) weights[(warp_row + r) * kBlockN + lane] = product[r];
 
       // --- Values ---
       for (int first = 0; first < head_dim; first += kPlainPiece) {
         const int width = static_cast<int>(min64(kPlainPiece, head_dim - first));
-        load(plan.v, plan.v_origin, plan.v_stride, first, width);
+        load(met.v, met.v_origin, met.v_stride, first, width);
         for (int dim = lane; dim < width; dim += kWarpSize) {
           float total[kWarpRows] = {};
 #pragma unroll 4
@@ -156,13 +147,12 @@ __global__ void __launch_bounds__(kThreads, 4) lambda_attn_plain_kernel(const At
 
   // --- Normalise and store ---
   const Sink sink(p.score, tile.head);
-  T* out_rows = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
-                tile.head * p.out_stride.head + tile.first_row * p.out_stride.seq;
+  T* out_rows = row_at<T>(p.out, p.out_stride, tile.batch, tile.head, tile.first_row);
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
     const int row = warp_row + r;
+    const SoftmaxEnd end = sink.finish(state.row(r));
     if (row >= tile.rows) break;
-    const SoftmaxEnd end = sink.finish({max[r], sum[r]});
     if (lane == 0) {
       store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
                    end.lse);
@@ -196,15 +186,8 @@ void run(const AttnSources& sources, Stream stream) {
 }  // namespace
 
 void lambda_attn_plain(AttnSources sources, Stream stream) {
-  switch (sources.p.dtype) {
-    case DType::kFloat32:
-      return run<float>(sources, stream);
-    case DType::kBFloat16:
-      return run<bf16>(sources, stream);
-    case DType::kFloat16:
-      return run<fp16>(sources, stream);
-  }
-  throw std::invalid_argument("lambda_attn: unknown dtype");
+  with_element_type(sources.p.dtype,
+                    [&](auto element) { run<decltype(element)>(sources, stream); });
 }
 
 }  // namespace lminf::cuda

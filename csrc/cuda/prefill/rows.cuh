@@ -1,18 +1,10 @@
-// What a block of queries meets, and its rows against one tile of keys: for both kernels on tensor
-// cores.
+// The rows of a block of queries against one tile of keys: for both kernels on tensor cores.
 #pragma once
 
 #include "../common/score.cuh"
 #include "sources.cuh"
 
 namespace lminf::cuda {
-
-// What every thread of a block needs to know now and then, in shared memory: registers are scarce.
-template <typename T>
-struct BlockPlan {
-  QueryTile tile;
-  BranchPlan<T> branches[kBranches];
-};
 
 // The rows of a tile of queries against a tile of keys. kBias: whether there may be a
 // table of biases, whose look-ups cost registers.

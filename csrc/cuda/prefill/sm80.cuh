@@ -33,27 +33,27 @@ struct AttnTraits {
   static constexpr int kRowTiles = kWarpRows / 16;  // mma tiles of a warp's rows
   using QTile = SharedTile<T, kBlockM, kHeadDim>;
   using KeyTile = SharedTile<T, kBlockN, kHeadDim>;
-  static constexpr int kPlanStart = QTile::kBytes + 2 * kSm80Stages * KeyTile::kBytes;
+  static constexpr int kWalkStart = QTile::kBytes + 2 * kSm80Stages * KeyTile::kBytes;
   static constexpr int kSharedBytes = sm80_shared_bytes(kTiles);
   static_assert(kTiles.head_dim == kHeadDim, "a kernel of its own");
-  static_assert(kPlanStart + sizeof(BlockPlan<T>) <= kSharedBytes, "the plan fits");
+  static_assert(kWalkStart + sizeof(BlockWalk<T>) <= kSharedBytes, "the walk fits");
   static_assert(kRowTiles * 16 * kWarps == kBlockM && kBlockN % 16 == 0, "whole mma tiles");
 };
 
 // Starts the copies of a tile's keys and values; rows that no query sees become zeros. A thread
 // goes down one column of chunks, or where the threads are no whole rows, from piece to piece.
 template <typename Traits, int kKeys>
-LMINF_DEVICE void issue_tile(const BranchPlan<typename Traits::Element>& plan, int64_t position,
+LMINF_DEVICE void issue_tile(const BranchKeys<typename Traits::Element>& keys, int64_t position,
                              int head_dim, typename Traits::KeyTile k_tile,
                              typename Traits::KeyTile v_tile) {
   using T = typename Traits::Element;
   using Tile = typename Traits::KeyTile;
   const int thread = recomputed(static_cast<int>(threadIdx.x));
-  const int first = static_cast<int>(max64(plan.visible.lo - position, 0));
-  const int end = static_cast<int>(min64(plan.visible.hi - position, kKeys));
-  const int64_t k_stride = plan.k_stride, v_stride = plan.v_stride;
-  const T* k = plan.k + (position - plan.k_origin) * k_stride;
-  const T* v = plan.v + (position - plan.v_origin) * v_stride;
+  const int first = static_cast<int>(max64(keys.visible.lo - position, 0));
+  const int end = static_cast<int>(min64(keys.visible.hi - position, kKeys));
+  const int64_t k_stride = keys.k_stride, v_stride = keys.v_stride;
+  const T* k = keys.k + (position - keys.k_origin) * k_stride;
+  const T* v = keys.v + (position - keys.v_origin) * v_stride;
   if constexpr (Traits::kThreads % Tile::kChunks == 0) {
     constexpr int kStep = Traits::kThreads / Tile::kChunks;
     static_assert(kKeys % kStep == 0, "every thread has as many rows");
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   const int warp_row = thread / kWarpSize * Traits::kWarpRows;
   const int head_dim = static_cast<int>(p.head_dim);
 
-  // --- Shared memory: Q, then K and V of each stage, then the plan ---
+  // --- Shared memory: Q, then K and V of each stage, then the walk ---
   const QTile q_tile(0);
   auto k_stage = [](int visit) {
     return KeyTile(QTile::kBytes + visit % kSm80Stages * 2 * KeyTile::kBytes);
@@ -101,47 +101,29 @@ __global__ void __launch_bounds__(Traits::kThreads)
   auto v_stage = [](int visit) {
     return KeyTile(QTile::kBytes + (visit % kSm80Stages * 2 + 1) * KeyTile::kBytes);
   };
-  const SharedArray<BlockPlan<T>> block(shared_memory() + Traits::kPlanStart, 1);
+  BlockWalk<T>& walk = SharedArray<BlockWalk<T>>(shared_memory() + Traits::kWalkStart, 1)[0];
 
   // --- Which tiles of which branch ---
-  if (thread < kBranches) {
-    const QueryTile tile = query_tile(sources, blockIdx.x, Traits::kBlockM);
-    if (thread == 0) block[0].tile = tile;
-    block[0].branches[thread] =
-        branch_plan<T>(sources, tile, thread, thread == kWindow ? Traits::kBlockN : kGlobalN);
+  if (thread < kWarpSize) {
+    walk.fill(sources, blockIdx.x, Traits::kBlockM, kGlobalN, Traits::kBlockN, lane);
   }
   __syncthreads();
-  if (block[0].tile.rows <= 0) return;
-  auto visits_of = [&](int branch) {
-    const TileRanges& tiles = block[0].branches[branch].tiles;
-    return static_cast<int>(tiles.end - tiles.begin);
-  };
-  auto far_end = [&] { return visits_of(kFar); };  // read when needed: a register less
-  const int near_end = far_end() + visits_of(kNear);
-  const int visits = near_end + visits_of(kWindow);
-  auto branch_of = [&](int visit) -> const BranchPlan<T>& {
-    return block[0].branches[visit >= near_end ? kWindow : visit >= far_end() ? kNear : kFar];
-  };
-  auto tile_of = [&](int visit) {
-    const int first = visit >= near_end ? near_end : visit >= far_end() ? far_end() : 0;
-    return branch_of(visit).tiles.begin + visit - first;
-  };
+  if (walk.tile.rows <= 0) return;
+  const int visits = walk.visits.end;
   auto issue = [&](int visit) {
-    const BranchPlan<T>& plan = branch_of(visit);
-    if (visit < near_end) {
-      issue_tile<Traits, kGlobalN>(plan, plan.origin + tile_of(visit) * kGlobalN, head_dim,
-                                   k_stage(visit), v_stage(visit));
+    const BranchKeys<T>& keys = walk.branch_of(visit);
+    const int64_t position = keys.position(walk.tile_of(visit));
+    if (visit < walk.visits.near_end) {
+      issue_tile<Traits, kGlobalN>(keys, position, head_dim, k_stage(visit), v_stage(visit));
     } else {
-      issue_tile<Traits, Traits::kBlockN>(plan, plan.origin + tile_of(visit) * Traits::kBlockN,
-                                          head_dim, k_stage(visit), v_stage(visit));
+      issue_tile<Traits, Traits::kBlockN>(keys, position, head_dim, k_stage(visit), v_stage(visit));
     }
   };
 
   // --- Q and the first tile of keys ---
   if (visits > 0) {
-    const QueryTile& tile = block[0].tile;
-    const T* q = static_cast<const T*>(p.q) + tile.batch * p.q_stride.batch +
-                 tile.head * p.q_stride.head + tile.first_row * p.q_stride.seq;
+    const QueryTile& tile = walk.tile;
+    const T* q = row_at<const T>(p.q, p.q_stride, tile.batch, tile.head, tile.first_row);
 #pragma unroll 4
     for (int piece = thread; piece < Traits::kBlockM * QTile::kChunks; piece += Traits::kThreads) {
       const int row = piece / QTile::kChunks, chunk = piece % QTile::kChunks;
@@ -155,25 +137,25 @@ __global__ void __launch_bounds__(Traits::kThreads)
 
   // --- Far, near and window tiles, the next one always under way ---
   State state;
-  const float slope = alibi_slope(p.score, block[0].tile.head);
+  const float slope = alibi_slope(p.score, walk.tile.head);
   for (int visit = 0; visit < visits; ++visit) {
     ptx::copy_async_wait<0>();
     __syncthreads();  // this tile is everybody's, and everybody has left the one before it
     if (visit + 1 < visits) issue(visit + 1);
     ptx::copy_async_commit();
 
-    const int64_t first_query = block[0].tile.positions.lo + recomputed(warp_row);
-    if (visit == far_end() && p.rope.rotary_dim > 0) {
+    const int64_t first_query = walk.tile.positions.lo + recomputed(warp_row);
+    if (visit == walk.visits.far_end && p.rope.rotary_dim > 0) {
       rotate_tile_rows(q_tile, p.rope, warp_row, Traits::kWarpRows, first_query, -kUnbounded, lane);
       __syncwarp();
     }
-    const BranchPlan<T>& plan = branch_of(visit);
-    const int64_t index = tile_of(visit);
-    const int keys = visit < near_end ? kGlobalN : Traits::kBlockN;
-    const QueryRows<true> rows{p.score,     block[0].tile.head,         slope,          plan.branch,
-                               first_query, plan.origin + index * keys, p.max_distance, keys};
-    const bool full = plan.tiles.full(index);
-    if (visit < near_end) {
+    const BranchKeys<T>& keys = walk.branch_of(visit);
+    const int64_t index = walk.tile_of(visit);
+    const QueryRows<true> rows{
+        p.score,     walk.tile.head,       slope,          keys.branch,
+        first_query, keys.position(index), p.max_distance, static_cast<int>(keys.tile_keys)};
+    const bool full = keys.tiles.full(index);
+    if (visit < walk.visits.near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);
     } else {
       attend<Traits::kBlockN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit),
@@ -183,13 +165,13 @@ __global__ void __launch_bounds__(Traits::kThreads)
   ptx::copy_async_wait<0>();
 
   // --- Normalise; out through the warp's own rows of Q's tile, lse directly ---
-  const QueryTile tile = block[0].tile;
+  const QueryTile tile = walk.tile;
   const Sink sink(p.score, tile.head);
   __syncwarp();  // the last reads of Q
 #pragma unroll
   for (int r = 0; r < State::kRows; ++r) {
     const SoftmaxEnd end = sink.finish(state.row(r));
-    const int row = warp_row + State::row_index(r, lane);
+    const int row = warp_row + tile_row(r, lane);
     if (lane % 4 == 0 && row < tile.rows) {
       store_global(p.lse + (tile.batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_row + row,
                    end.lse);
@@ -202,8 +184,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
   }
   __syncwarp();
-  T* out = static_cast<T*>(p.out) + tile.batch * p.out_stride.batch +
-           tile.head * p.out_stride.head + tile.first_row * p.out_stride.seq;
+  T* out = row_at<T>(p.out, p.out_stride, tile.batch, tile.head, tile.first_row);
   for (int piece = lane; piece < Traits::kWarpRows * QTile::kChunks; piece += kWarpSize) {
     const int row = warp_row + piece / QTile::kChunks, chunk = piece % QTile::kChunks;
     if (row < tile.rows && chunk * QTile::kChunk < head_dim) {

@@ -15,7 +15,7 @@
 // warpgroup loads: one warp works out what a tile of queries meets and keeps TMA copies under way,
 // another stores what is done. Nothing else waits for global memory. Everything is handed over by
 // mbarriers:
-//   q_full     plan and queries of a slot have come          producer -> consumers
+//   q_full     walk and queries of a slot have come          producer -> consumers
 //   out_ready  the slot's queries have become its outputs    consumers -> storing warp
 //   q_empty    they are stored                               storing warp -> producer
 //   k_full, k_empty, v_full, v_empty   the same of the ring of keys and the ring of values
@@ -23,6 +23,7 @@
 #pragma once
 
 #include "../common/shared_tile.cuh"
+#include "../common/softmax.cuh"
 #include "../ptx/sm90.cuh"
 #include "launch.h"
 #include "rows.cuh"
@@ -33,7 +34,6 @@ namespace lminf::cuda {
 // --- Traits ---
 
 constexpr int kWarpgroup = 128;     // threads
-constexpr int kPanel = 64;          // columns: 128 bytes, the width of a swizzled TMA box
 constexpr int kWarpgroupRows = 64;  // of a wgmma
 
 // Rows of kDim elements as TMA lays them down: panels of 64 columns, 128 bytes a row, whose eight
@@ -88,16 +88,16 @@ struct Sm90Traits {
   using KeyTile = PanelTile<T, kBlockN, kHeadDim>;
   using GlobalTile = PanelTile<T, kGlobalN, kHeadDim>;  // stands in a KeyTile's place
 
-  // Shared memory, from its start: Q slots, K ring, V ring, plans, barriers.
+  // Shared memory, from its start: Q slots, K ring, V ring, walks, barriers.
   static constexpr int kKStart = kQSlots * QTile::kBytes;
   static constexpr int kVStart = kKStart + kStages * KeyTile::kBytes;
-  static constexpr int kPlanStart = kVStart + kStages * KeyTile::kBytes;
-  static constexpr int kBarrierStart = kPlanStart + kQSlots * kSm90PlanBytes;
+  static constexpr int kWalkStart = kVStart + kStages * KeyTile::kBytes;
+  static constexpr int kBarrierStart = kWalkStart + kQSlots * kWalkBytes;
   static constexpr int kSharedBytes = sm90_shared_bytes(kTiles);
 
   static_assert(kTiles.head_dim == kHeadDim, "a kernel of its own");
   static_assert(kBlockM == kSm90Consumers * kWarpgroupRows, "a wgmma's rows for each consumer");
-  static_assert(sizeof(BlockPlan<T>) <= kSm90PlanBytes, "the plan fits");
+  static_assert(sizeof(BlockWalk<T>) <= kWalkBytes, "the walk fits");
   static_assert(kBarrierStart + 8 * (3 * kQSlots + 4 * kStages) <= kSharedBytes, "barriers fit");
 };
 
@@ -136,29 +136,17 @@ constexpr int kOrderBarrier = 1;     // + consumer: its turn at the tensor cores
 constexpr int kConsumerBarrier = 3;  // + consumer: its four warps
 
 struct Sm90Arguments {
-  TensorMap q, out, window_k, window_v, near_k, far_k, global_v;
+  TensorMap q, out;
+  TensorMap k[kBranches], v[kBranches];
   AttnSources sources;
   int64_t works;  // tiles of queries, of all heads
 };
 
 // --- Scores and weights of one thread: two rows of its warp's sixteen ---
 
-// Element 4n + 2r + e of an accumulator stands in row row_index(r, lane) and column
+// Element 4n + 2r + e of an accumulator stands in row tile_row(r, lane) and column
 // 8n + 2(lane % 4) + e.
-struct RowStates {
-  static constexpr int kRows = 2;
-  float max[kRows] = {minus_infinity(), minus_infinity()};  // of the scores so far, base 2
-  float sum[kRows] = {0.0f, 0.0f};                          // this lane's share
-
-  // Row r of this lane over all its columns.
-  LMINF_DEVICE SoftmaxState row(int r) const {
-    float total = sum[r];
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    return {max[r], total};
-  }
-  LMINF_DEVICE static int row_index(int r, int lane) { return lane / 4 + 8 * r; }
-};
+using WgmmaRows = RowStates<2, 4>;
 
 // Of a lane's columns of a row, 8n + first and the one after it for n = 0, 1, ..., those in a range
 // of at most 128 columns, a bit each.
@@ -181,14 +169,13 @@ LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows<false>& r
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
       const int r = i / 2 % 2;
-      s[i] = rows.score(s[i], r, RowStates::row_index(r, lane), i / 4 * 8 + 2 * (lane % 4) + i % 2);
+      s[i] = rows.score(s[i], r, tile_row(r, lane), i / 4 * 8 + 2 * (lane % 4) + i % 2);
     }
   }
   if (!full) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t seen =
-          own_columns(rows.columns(RowStates::row_index(r, lane)), 2 * (lane % 4));
+      const uint32_t seen = own_columns(rows.columns(tile_row(r, lane)), 2 * (lane % 4));
 #pragma unroll
       for (int i = 0; i < kKeys / 4; ++i) {
         if ((seen >> i & 1) == 0) s[i / 2 * 4 + 2 * r + i % 2] = minus_infinity();
@@ -197,48 +184,12 @@ LMINF_DEVICE void finish_scores(float (&s)[kKeys / 2], const QueryRows<false>& r
   }
 }
 
-// Scores become weights relative to the new maximum. `factor` is what belongs to the old one must
-// be multiplied by; false when that is 1 for all rows of the warp.
+// Scores become weights; `factor` and the answer as to_weights has them.
 template <int kKeys>
-LMINF_DEVICE bool to_weights(float (&s)[kKeys / 2], RowStates& state, float unit,
+LMINF_DEVICE bool to_weights(float (&s)[kKeys / 2], WgmmaRows& state, float unit,
                              float (&factor)[2]) {
-  bool changed = false, far = false;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float m = minus_infinity();
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      m = fmaxf(m, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-    }
-    m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(kFullWarp, m, 2));
-    const float new_max = fmaxf(state.max[r], m * unit);
-    changed |= new_max != state.max[r];
-    factor[r] = ptx::exp2_approx(state.max[r] - softmax_base(new_max));
-    state.max[r] = new_max;
-    far |= fabsf(softmax_base(new_max)) > kFusedMax;
-  }
-  if (far) {
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) s[i] *= unit;
-    unit = 1.0f;
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float base = softmax_base(state.max[r]);
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[4 * n + 2 * r + e];
-        x = ptx::exp2_approx(fmaf(x, unit, -base));
-        sum += x;
-      }
-    }
-    state.sum[r] = state.sum[r] * factor[r] + sum;
-  }
-  return __any_sync(kFullWarp, changed);
+  return to_weights<kKeys / 4>([&](int r, int n) -> float& { return s[n / 2 * 4 + 2 * r + n % 2]; },
+                               state, unit, factor);
 }
 
 template <int kCount>
@@ -277,8 +228,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   auto q_slot = [](int slot) { return QTile(slot * QTile::kBytes); };
   auto k_start = [](int stage) { return Traits::kKStart + stage * KeyTile::kBytes; };
   auto v_start = [](int stage) { return Traits::kVStart + stage * KeyTile::kBytes; };
-  auto plan_slot = [](int slot) -> BlockPlan<T>& {
-    return SharedArray<BlockPlan<T>>(shared_memory() + Traits::kPlanStart + slot * kSm90PlanBytes,
+  auto walk_slot = [](int slot) -> BlockWalk<T>& {
+    return SharedArray<BlockWalk<T>>(shared_memory() + Traits::kWalkStart + slot * kWalkBytes,
                                      1)[0];
   };
   RingPlace<Traits::kQSlots> q_place;
@@ -298,7 +249,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       ptx::mbarrier_init(Barriers::at(Barriers::kVEmpty, stage), 4 * kSm90Consumers);
     }
     ptx::fence_barrier_init();
-    for (const TensorMap* map : {&arguments.q, &arguments.window_k, &arguments.window_v}) {
+    for (const TensorMap* map : {&arguments.q, &arguments.k[kWindow], &arguments.v[kWindow]}) {
       ptx::tma_prefetch_map(*map);
     }
   }
@@ -307,19 +258,13 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   if (warp < 4) {
     ptx::registers_decrease<kSm90ProducerRegisters>();
     if (warp == 0) {
-      // --- Loads: plan and Q of a tile, then its keys, their values one tile behind them ---
+      // --- Loads: walk and Q of a tile, then its keys, their values one tile behind them ---
       for (int64_t work = blockIdx.x; work < arguments.works; work += gridDim.x, q_place.next()) {
-        BlockPlan<T>& block = plan_slot(q_place.slot);
+        BlockWalk<T>& block = walk_slot(q_place.slot);
         if (lane == 0) {
           ptx::mbarrier_wait(Barriers::at(Barriers::kQEmpty, q_place.slot), q_place.parity ^ 1);
-          block.tile = query_tile(sources, work, Traits::kBlockM);
         }
-        __syncwarp();
-        if (lane < kBranches) {
-          block.branches[lane] =
-              branch_plan<T>(sources, block.tile, lane, lane == kWindow ? kBlockN : kGlobalN);
-        }
-        __syncwarp();
+        block.fill(sources, work, Traits::kBlockM, kGlobalN, kBlockN, lane);
         if (lane != 0) continue;
 
         const int batch = static_cast<int>(block.tile.batch);
@@ -332,55 +277,33 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
                            static_cast<int>(block.tile.head), batch);
         }
 
-        auto load = [&](const TensorMap& map, int start, int panel_bytes, uint32_t full, int row) {
+        // Keys or values of a visit into the next place of their ring.
+        auto load = [&](const TensorMap(&maps)[kBranches], auto& place, int visit, int ring_start,
+                        int kind_empty, int kind_full, int64_t BranchKeys<T>::* row_origin) {
+          const int branch = block.visits.branch(visit);
+          const BranchKeys<T>& keys = block.branches[branch];
+          const int row = static_cast<int>(keys.position(block.tile_of(visit)) - keys.*row_origin);
+          const int panel_bytes =
+              branch == kWindow ? KeyTile::kPanelBytes : GlobalTile::kPanelBytes;
+          const uint32_t target = shared_address(shared_memory()) +
+                                  static_cast<uint32_t>(ring_start + place.slot * KeyTile::kBytes);
+          const uint32_t full = Barriers::at(kind_full, place.slot);
+          ptx::mbarrier_wait(Barriers::at(kind_empty, place.slot), place.parity ^ 1);
           ptx::mbarrier_arrive_expect_tx(full, kPanels * panel_bytes);
-          const uint32_t target = shared_address(shared_memory()) + static_cast<uint32_t>(start);
           for (int panel = 0; panel < kPanels; ++panel) {
-            ptx::tma_load_4d(target + panel * panel_bytes, map, full, panel * kPanel, row, kv_head,
-                             batch);
+            ptx::tma_load_4d(target + panel * panel_bytes, maps[branch], full, panel * kPanel, row,
+                             kv_head, batch);
           }
+          place.next();
         };
-        auto visits_of = [&](int branch) {
-          const TileRanges& tiles = block.branches[branch].tiles;
-          return static_cast<int>(tiles.end - tiles.begin);
-        };
-        const int far_end = visits_of(kFar);
-        const int near_end = far_end + visits_of(kNear);
-        const int visits = near_end + visits_of(kWindow);
-        // Position of a visit's first key.
-        auto position_of = [&](int visit) {
-          const int branch = visit < far_end ? kFar : visit < near_end ? kNear : kWindow;
-          const int first = visit < far_end ? 0 : visit < near_end ? far_end : near_end;
-          const BranchPlan<T>& plan = block.branches[branch];
-          return plan.origin +
-                 (plan.tiles.begin + visit - first) * (branch == kWindow ? kBlockN : kGlobalN);
-        };
-        for (int visit = 0; visit <= visits; ++visit) {
-          if (visit < visits) {
-            const bool window = visit >= near_end;
-            const BranchPlan<T>& plan = block.branches[window            ? kWindow
-                                                       : visit < far_end ? kFar
-                                                                         : kNear];
-            ptx::mbarrier_wait(Barriers::at(Barriers::kKEmpty, k_place.slot), k_place.parity ^ 1);
-            load(window            ? arguments.window_k
-                 : visit < far_end ? arguments.far_k
-                                   : arguments.near_k,
-                 k_start(k_place.slot), window ? KeyTile::kPanelBytes : GlobalTile::kPanelBytes,
-                 Barriers::at(Barriers::kKFull, k_place.slot),
-                 static_cast<int>(position_of(visit) - plan.k_origin));
-            k_place.next();
+        for (int visit = 0; visit <= block.visits.end; ++visit) {
+          if (visit < block.visits.end) {
+            load(arguments.k, k_place, visit, Traits::kKStart, Barriers::kKEmpty, Barriers::kKFull,
+                 &BranchKeys<T>::k_origin);
           }
           if (visit > 0) {
-            const bool window = visit - 1 >= near_end;
-            const BranchPlan<T>& plan = block.branches[window                ? kWindow
-                                                       : visit - 1 < far_end ? kFar
-                                                                             : kNear];
-            ptx::mbarrier_wait(Barriers::at(Barriers::kVEmpty, v_place.slot), v_place.parity ^ 1);
-            load(window ? arguments.window_v : arguments.global_v, v_start(v_place.slot),
-                 window ? KeyTile::kPanelBytes : GlobalTile::kPanelBytes,
-                 Barriers::at(Barriers::kVFull, v_place.slot),
-                 static_cast<int>(position_of(visit - 1) - plan.v_origin));
-            v_place.next();
+            load(arguments.v, v_place, visit - 1, Traits::kVStart, Barriers::kVEmpty,
+                 Barriers::kVFull, &BranchKeys<T>::v_origin);
           }
         }
       }
@@ -388,7 +311,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       // --- Stores: a slot's outputs, then the slot is free ---
       for (int64_t work = blockIdx.x; work < arguments.works; work += gridDim.x, q_place.next()) {
         ptx::mbarrier_wait(Barriers::at(Barriers::kOutReady, q_place.slot), q_place.parity);
-        const QueryTile& tile = plan_slot(q_place.slot).tile;
+        const QueryTile& tile = walk_slot(q_place.slot).tile;
         for (int panel = 0; panel < kPanels; ++panel) {
           ptx::tma_store_4d(arguments.out, q_slot(q_place.slot).address(0, panel), panel * kPanel,
                             static_cast<int>(tile.first_row), static_cast<int>(tile.head),
@@ -416,23 +339,22 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     for (int64_t work = blockIdx.x; work < arguments.works; work += gridDim.x, q_place.next()) {
       ptx::mbarrier_wait(Barriers::at(Barriers::kQFull, q_place.slot), q_place.parity);
       const QTile q_tile = q_slot(q_place.slot);
-      const BlockPlan<T>& block = plan_slot(q_place.slot);
+      const BlockWalk<T>& block = walk_slot(q_place.slot);
       const float slope = alibi_slope(p.score, block.tile.head);
       float out[kHeadDim / 2];
-      RowStates state;
+      WgmmaRows state;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
 
-      auto rows_against = [&](int branch, int64_t index, int keys) {
-        const BranchPlan<T>& plan = block.branches[branch];
+      auto rows_against = [&](const BranchKeys<T>& keys, int64_t index, int n_keys) {
         return QueryRows<false>{p.score,
                                 block.tile.head,
                                 slope,
-                                plan.branch,
+                                keys.branch,
                                 block.tile.positions.lo + recomputed(warp_row),
-                                plan.origin + index * keys,
+                                keys.position(index),
                                 p.max_distance,
-                                keys};
+                                n_keys};
       };
       // scores = Q K^T over the first keys of a K stage, issued.
       auto issue_scores = [&](auto tile, auto& scores) {
@@ -463,20 +385,34 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
         ptx::wgmma_commit();
       };
 
+      auto await_keys = [&] {
+        ptx::mbarrier_wait(Barriers::at(Barriers::kKFull, k_place.slot), k_place.parity);
+      };
+      auto release_keys = [&] {
+        arrive(Barriers::at(Barriers::kKEmpty, k_place.slot));
+        k_place.next();
+      };
+      auto await_values = [&] {
+        ptx::mbarrier_wait(Barriers::at(Barriers::kVFull, v_place.slot), v_place.parity);
+      };
+      auto release_values = [&] {
+        arrive(Barriers::at(Barriers::kVEmpty, v_place.slot));
+        v_place.next();
+      };
+
       // --- Far and near tiles: a few keys, one step after the other ---
       auto meet_globals = [&](int branch) {
-        const BranchPlan<T>& plan = block.branches[branch];
-        for (int64_t index = plan.tiles.begin; index < plan.tiles.end; ++index) {
+        const BranchKeys<T>& keys = block.branches[branch];
+        for (int64_t index = keys.tiles.begin; index < keys.tiles.end; ++index) {
           float scores[kGlobalN / 2];
-          ptx::mbarrier_wait(Barriers::at(Barriers::kKFull, k_place.slot), k_place.parity);
+          await_keys();
           ptx::wgmma_fence();
           issue_scores(GlobalTile(k_start(k_place.slot)), scores);
           ptx::wgmma_wait<0>(scores);
-          arrive(Barriers::at(Barriers::kKEmpty, k_place.slot));
-          k_place.next();
+          release_keys();
 
-          finish_scores<kGlobalN>(scores, rows_against(branch, index, kGlobalN),
-                                  plan.tiles.full(index), lane);
+          finish_scores<kGlobalN>(scores, rows_against(keys, index, kGlobalN),
+                                  keys.tiles.full(index), lane);
           float factor[2];
           if (to_weights<kGlobalN>(scores, state, scoring.exponent_unit(), factor)) {
             rescale(out, factor);
@@ -484,12 +420,11 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           uint32_t weights[1][4];
           pack_weights<T>(scores, weights);
 
-          ptx::mbarrier_wait(Barriers::at(Barriers::kVFull, v_place.slot), v_place.parity);
+          await_values();
           ptx::wgmma_fence();
           issue_values(GlobalTile(v_start(v_place.slot)), weights);
           ptx::wgmma_wait<0>(out);
-          arrive(Barriers::at(Barriers::kVEmpty, v_place.slot));
-          v_place.next();
+          release_values();
         }
       };
       meet_globals(kFar);
@@ -503,26 +438,21 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       meet_globals(kNear);
 
       // --- Window tiles: Q K^T of one is under way beside weights V of the one before ---
-      const BranchPlan<T>& window = block.branches[kWindow];
+      const BranchKeys<T>& window = block.branches[kWindow];
       if (window.tiles.begin < window.tiles.end) {
         float scores[kBlockN / 2], factor[2];
         uint32_t weights[kBlockN / 16][4];
         auto finish_tile = [&](int64_t index) {
-          finish_scores<kBlockN>(scores, rows_against(kWindow, index, kBlockN),
+          finish_scores<kBlockN>(scores, rows_against(window, index, kBlockN),
                                  window.tiles.full(index), lane);
           return to_weights<kBlockN>(scores, state, scoring.exponent_unit(), factor);
-        };
-
-        auto await_keys = [&] {
-          ptx::mbarrier_wait(Barriers::at(Barriers::kKFull, k_place.slot), k_place.parity);
         };
 
         await_keys();
         ptx::wgmma_fence();
         issue_scores(KeyTile(k_start(k_place.slot)), scores);
         ptx::wgmma_wait<0>(scores);
-        arrive(Barriers::at(Barriers::kKEmpty, k_place.slot));
-        k_place.next();
+        release_keys();
         if (finish_tile(window.tiles.begin)) rescale(out, factor);
         pack_weights<T>(scores, weights);
         if (window.tiles.begin + 1 < window.tiles.end) await_keys();
@@ -531,31 +461,28 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
           ptx::named_barrier(kOrderBarrier + consumer, kSm90Consumers * kWarpgroup);
           ptx::wgmma_fence();
           issue_scores(KeyTile(k_start(k_place.slot)), scores);
-          ptx::mbarrier_wait(Barriers::at(Barriers::kVFull, v_place.slot), v_place.parity);
+          await_values();
           ptx::wgmma_fence();
           issue_values(KeyTile(v_start(v_place.slot)), weights);
           ptx::named_barrier_arrive(kOrderBarrier + 1 - consumer, kSm90Consumers * kWarpgroup);
 
           ptx::wgmma_wait<1>(scores);
-          arrive(Barriers::at(Barriers::kKEmpty, k_place.slot));
-          k_place.next();
+          release_keys();
           const bool changed = finish_tile(index);
           // ptxas moves the wait for the values up to the last branch, and the softmax would no
           // longer run beside their product. So the branch of another wait comes between the two.
           if (index + 1 < window.tiles.end) await_keys();
           ptx::wgmma_wait<0>(out);
-          arrive(Barriers::at(Barriers::kVEmpty, v_place.slot));
-          v_place.next();
+          release_values();
           if (changed) rescale(out, factor);
           pack_weights<T>(scores, weights);
         }
 
-        ptx::mbarrier_wait(Barriers::at(Barriers::kVFull, v_place.slot), v_place.parity);
+        await_values();
         ptx::wgmma_fence();
         issue_values(KeyTile(v_start(v_place.slot)), weights);
         ptx::wgmma_wait<0>(out);
-        arrive(Barriers::at(Barriers::kVEmpty, v_place.slot));
-        v_place.next();
+        release_values();
       }
 
       // --- Normalise; out takes Q's place and is stored from there, lse directly ---
@@ -563,9 +490,9 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       const int own_lane = recomputed(lane);
       sync_group();  // all four warps' products with these rows are done
 #pragma unroll
-      for (int r = 0; r < RowStates::kRows; ++r) {
+      for (int r = 0; r < WgmmaRows::kRows; ++r) {
         const SoftmaxEnd end = sink.finish(state.row(r));
-        const int row = recomputed(warp_row) + RowStates::row_index(r, own_lane);
+        const int row = recomputed(warp_row) + tile_row(r, own_lane);
         if (own_lane % 4 == 0 && row < block.tile.rows) {
           store_global(p.lse + (block.tile.batch * p.heads_q + block.tile.head) * p.seqlen_q +
                            block.tile.first_row + row,
@@ -583,6 +510,8 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     }
     if (consumer == 0) ptx::named_barrier(kOrderBarrier, kSm90Consumers * kWarpgroup);
   }
+#else
+  __trap();
 #endif
 }
 
@@ -594,29 +523,30 @@ bool run_lambda_attn_sm90(AttnSources sources, int multiprocessors, Stream strea
   using Traits = Sm90Traits<T, kHeadDim>;
   const LambdaAttnParams& p = sources.p;
   sources.query_tiles = query_tiles(p, Traits::kBlockM);
-  auto map = [&](const void* data, const Strides& stride, int64_t rows, int64_t heads,
+  auto map = [&](const void* data, const Strides& stride, int64_t heads, int64_t rows,
                  int box_rows) {
-    return encode_tensor_map({data,
-                              {p.head_dim, rows, heads, p.batch},
-                              {1, stride.seq, stride.head, stride.batch},
-                              {kPanel, box_rows, 1, 1},
-                              Swizzle::k128});
-  };
-  auto keys_map = [&](const KeyTensor& k, int box_rows) {
-    return map(k.data, k.stride, k.rows, p.heads_kv, box_rows);
+    return encode_tensor_map(
+        sm90_map_shape(data, stride, p.batch, heads, rows, p.head_dim, box_rows));
   };
   Sm90Arguments arguments;
   try {
-    arguments.q = map(p.q, p.q_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
-    arguments.out = map(p.out, p.out_stride, p.seqlen_q, p.heads_q, Traits::kBlockM);
-    arguments.window_k = keys_map(sources.window_k, Traits::kBlockN);
-    arguments.window_v = map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, Traits::kBlockN);
-    // A branch without keys leaves its map unread; what stands there then need not fit TMA.
-    arguments.near_k = sources.has_near ? keys_map(sources.near_k, kGlobalN) : arguments.window_k;
-    arguments.far_k = sources.has_far ? keys_map(sources.far_k, kGlobalN) : arguments.window_k;
-    arguments.global_v = p.global_v != nullptr
-                             ? map(p.global_v, p.global_v_stride, p.n_global, p.heads_kv, kGlobalN)
-                             : map(p.v, p.v_stride, p.seqlen_k, p.heads_kv, kGlobalN);
+    arguments.q = map(p.q, p.q_stride, p.heads_q, p.seqlen_q, Traits::kBlockM);
+    arguments.out = map(p.out, p.out_stride, p.heads_q, p.seqlen_q, Traits::kBlockM);
+    for (int branch = kWindow; branch >= kFar; --branch) {
+      const KeyTensor& k = sources.k[branch];
+      const bool own = own_globals(p) && branch != kWindow;
+      const int box_rows = branch == kWindow ? Traits::kBlockN : kGlobalN;
+      // A branch without keys leaves its maps unread; what stands there then need not fit TMA.
+      if (!sources.ready[branch]) {
+        arguments.k[branch] = arguments.k[kWindow];
+        arguments.v[branch] = arguments.v[kWindow];
+        continue;
+      }
+      arguments.k[branch] = map(k.data, k.stride, p.heads_kv, k.rows, box_rows);
+      arguments.v[branch] =
+          own ? map(p.global_v, p.global_v_stride, p.heads_kv, p.n_global, box_rows)
+              : map(p.v, p.v_stride, p.heads_kv, p.seqlen_k, box_rows);
+    }
   } catch (const TensorMapRefused&) {
     return false;
   }

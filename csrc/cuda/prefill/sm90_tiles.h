@@ -1,9 +1,15 @@
-// Tile sizes of the Hopper prefill (prefill/sm90.cuh), for the kernel and for plans. Plain C++.
+// Tile sizes of the Hopper prefill (prefill/sm90.cuh) and the boxes that it takes from its tensors,
+// for the kernel and for plans. Plain C++.
 #pragma once
 
 #include <cstdint>
 
+#include "../../params.h"
+#include "../ptx/tensor_map_shape.h"
+
 namespace lminf::cuda {
+
+constexpr int kWalkBytes = 640;  // a BlockWalk (prefill/sources.cuh)
 
 struct Sm90Tiles {
   int head_dim;
@@ -41,7 +47,6 @@ constexpr Sm90Tiles kSm90Tiles[] = {
 constexpr int64_t kSm90MaxHeadDim = 256;
 constexpr int kSm90Consumers = 2;                         // warpgroups that multiply
 constexpr int kSm90Threads = 128 * (1 + kSm90Consumers);  // and one that loads and stores
-constexpr int kSm90PlanBytes = 640;                       // what a tile of queries meets, each slot
 constexpr int kSm90BarrierBytes = 256;
 
 // A thread's registers, which setmaxnreg shares out in eights. The launch takes 168 for each of 384
@@ -63,7 +68,18 @@ constexpr Sm90Tiles sm90_tiles(int64_t head_dim) {
 
 constexpr int sm90_shared_bytes(Sm90Tiles t) {
   return 2 * t.head_dim * (t.q_slots * t.block_m + 2 * t.stages * t.block_n) +
-         t.q_slots * kSm90PlanBytes + kSm90BarrierBytes;
+         t.q_slots * kWalkBytes + kSm90BarrierBytes;
+}
+
+constexpr int kPanel = 64;  // columns: 128 bytes, the width of a swizzled TMA box
+
+inline TensorMapShape sm90_map_shape(const void* data, const Strides& stride, int64_t batch,
+                                     int64_t heads, int64_t rows, int64_t head_dim, int box_rows) {
+  return {data,
+          {head_dim, rows, heads, batch},
+          {1, stride.seq, stride.head, stride.batch},
+          {kPanel, box_rows, 1, 1},
+          Swizzle::k128};
 }
 
 }  // namespace lminf::cuda

@@ -3,9 +3,10 @@
 // that branch wants them.
 #pragma once
 
-#include "../../core/lambda_mask.h"
+#include "../../core/walk.h"
 #include "../common/device.cuh"
 #include "../common/rotary.cuh"
+#include "../rope/rotate_rows.h"
 
 namespace lminf::cuda {
 
@@ -13,23 +14,16 @@ namespace lminf::cuda {
 struct KeyTensor {
   const void* data = nullptr;
   Strides stride;
-  int64_t rows = 0;          // of one batch entry and head
-  bool by_position = false;  // row n stands at position n + max(k_start, 0); else as in params.k
-  bool by_sequence = false;  // the batch index is the sequence of cu_seqlens
-  int64_t first = 0;         // row 0 is this one of params.k, unless by position
+  int64_t rows = 0;  // of one batch entry and head
+  RowPositions positions;
 };
 
 struct AttnSources {
   LambdaAttnParams p;
-  KeyTensor window_k;       // rotated by position
-  KeyTensor near_k;         // rotated by position
-  KeyTensor far_k;          // rotated by -max_distance
-  bool has_near = false;    // whether near_k stands ready: else no query has keys there
-  bool has_far = false;     // the same of far_k
-  int64_t query_tiles = 0;  // of one batch entry and head
+  KeyTensor k[kBranches];      // rotated by position, those of the far branch by -max_distance
+  bool ready[kBranches] = {};  // else no query has keys there
+  int64_t query_tiles = 0;     // of one batch entry and head
 };
-
-enum BranchIndex { kFar = 0, kNear = 1, kWindow = 2, kBranches = 3 };
 
 // One block's queries.
 struct QueryTile {
@@ -80,14 +74,10 @@ LMINF_DEVICE QueryTile query_tile(const AttnSources& s, int64_t block, int tile_
   return t;
 }
 
-// One branch as a tile of queries meets it. The key at position j stands at k + (j - k_origin) *
-// k_stride, its value at v + (j - v_origin) * v_stride.
+// A branch, and where its keys are: the key at position j stands at k + (j - k_origin) * k_stride,
+// its value at v + (j - v_origin) * v_stride.
 template <typename T>
-struct BranchPlan {
-  Branch branch;
-  Range visible;     // positions that at least one of the queries sees
-  TileRanges tiles;  // counted from position `origin` on
-  int64_t origin;
+struct BranchKeys : BranchWalk {
   const T* k;
   const T* v;
   int64_t k_stride, v_stride;
@@ -95,48 +85,60 @@ struct BranchPlan {
 };
 
 template <typename T>
-LMINF_DEVICE BranchPlan<T> branch_plan(const AttnSources& s, const QueryTile& t, int index,
+LMINF_DEVICE BranchKeys<T> branch_keys(const AttnSources& s, const QueryTile& t, int index,
                                        int tile_keys) {
   const LambdaAttnParams& p = s.p;
-  const bool own_globals = p.global_k != nullptr;
-  const Range globals = own_globals ? Range{0, p.n_global} : t.keys;
-  BranchPlan<T> plan;
-  KeyTensor k;
-  switch (index) {
-    case kWindow:
-      plan.branch = window_branch(t.keys, p.window);
-      k = s.window_k;
-      break;
-    case kNear:
-      plan.branch = near_branch(globals, p.n_global, p.window, p.max_distance);
-      k = s.near_k;
-      break;
-    default:
-      plan.branch = far_branch(globals, p.n_global, p.max_distance);
-      k = s.far_k;
-  }
-  const bool ready = index == kWindow || (index == kNear ? s.has_near : s.has_far);
-  plan.visible = !ready || plan.branch.empty() || t.rows == 0
-                     ? Range{0, 0}
-                     : plan.branch.visible_keys(t.positions);
-  plan.origin = plan.branch.keys.lo;
-  plan.tiles = plan.visible.empty() ? TileRanges{0, 0, 0, 0}
-                                    : key_tiles(plan.branch, t.positions, plan.origin, tile_keys);
-
-  const int64_t k_batch = k.by_sequence ? t.sequence : t.batch;
-  plan.k = static_cast<const T*>(k.data) + k_batch * k.stride.batch + t.kv_head * k.stride.head;
-  plan.k_stride = k.stride.seq;
-  plan.k_origin = k.by_position ? (own_globals ? 0 : max64(t.keys.lo, 0)) : t.keys.lo + k.first;
-  if (!k.by_position) plan.k += t.first_key_row * k.stride.seq;
-
-  const bool v_from_globals = own_globals && index != kWindow;
-  const Strides& v = v_from_globals ? p.global_v_stride : p.v_stride;
-  plan.v = static_cast<const T*>(v_from_globals ? p.global_v : p.v) + t.batch * v.batch +
-           t.kv_head * v.head;
-  plan.v_stride = v.seq;
-  plan.v_origin = v_from_globals ? 0 : t.keys.lo;
-  if (!v_from_globals) plan.v += t.first_key_row * v.seq;
-  return plan;
+  const bool own = p.global_k != nullptr && index != kWindow;  // from global_k, global_v
+  const Branch branch = branch_at(index, t.keys, own ? Range{0, p.n_global} : t.keys, p.n_global,
+                                  p.window, p.max_distance);
+  BranchKeys<T> b;
+  static_cast<BranchWalk&>(b) =
+      branch_walk(branch, s.ready[index] ? t.positions : Range{0, 0}, branch.keys.lo, tile_keys);
+  const KeyTensor& k = s.k[index];
+  const RowPositions& rows = k.positions;
+  const bool as_keys = rows.kind == RowPositions::kAsKeys;
+  b.k = row_at<const T>(k.data, k.stride,
+                        rows.kind == RowPositions::kBySequence ? t.sequence : t.batch, t.kv_head,
+                        as_keys ? t.first_key_row : 0);
+  b.k_stride = k.stride.seq;
+  b.k_origin = as_keys ? t.keys.lo + rows.first : own ? 0 : max64(t.keys.lo, 0);
+  const Strides& v_stride = own ? p.global_v_stride : p.v_stride;
+  b.v = row_at<const T>(own ? p.global_v : p.v, v_stride, t.batch, t.kv_head,
+                        own ? 0 : t.first_key_row);
+  b.v_stride = v_stride.seq;
+  b.v_origin = own ? 0 : t.keys.lo;
+  return b;
 }
+
+// What every thread of a block needs to know now and then, in shared memory: registers are scarce.
+template <typename T>
+struct BlockWalk {
+  QueryTile tile;
+  BranchKeys<T> branches[kBranches];
+  Visits visits;
+
+  // By a whole warp, of which lane 0 then knows all.
+  LMINF_DEVICE void fill(const AttnSources& sources, int64_t block, int tile_rows, int global_keys,
+                         int window_keys, int lane) {
+    if (lane == 0) tile = query_tile(sources, block, tile_rows);
+    __syncwarp();
+    if (lane < kBranches) {
+      branches[lane] =
+          branch_keys<T>(sources, tile, lane, lane == kWindow ? window_keys : global_keys);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      visits = visits_of(branches[kFar].tiles, branches[kNear].tiles, branches[kWindow].tiles);
+    }
+  }
+
+  LMINF_DEVICE const BranchKeys<T>& branch_of(int visit) const {
+    return branches[visits.branch(visit)];
+  }
+  // Counted as the branch counts its tiles.
+  LMINF_DEVICE int64_t tile_of(int visit) const {
+    return branch_of(visit).tiles.begin + visits.earlier(visit);
+  }
+};
 
 }  // namespace lminf::cuda

@@ -3,8 +3,6 @@
 // Schedule: a thread owns one unit of a row, kVec pairs, or kVec dims that pass through, and walks
 // over up to kHeadsPerThread heads, so that an angle is reduced in float64 once and used for all of
 // them. kVec elements are 16 bytes where layout and alignment allow, else one element at a time.
-#include <stdexcept>
-
 #include "../common/rotary.cuh"
 #include "rotate_rows.h"
 
@@ -29,32 +27,41 @@ LMINF_DEVICE void rotate_neighbours(const CosSin (&angle)[kVec], float (&a)[kVec
   }
 }
 
-// Row of x that row n of out comes from; outside [lo, hi) there is none.
-struct SourceRow {
-  int64_t row, lo, hi;
+// Row n of batch entry b of `out`.
+struct PlacedRow {
+  int64_t source, position;  // in x
+  bool there;                // whether x has it
 };
 
-LMINF_DEVICE SourceRow source_row(const RotateParams& p, int64_t b, int64_t n) {
-  if (!p.rows_are_positions) return {n, 0, p.x_rows};
-  if (p.cu_seqlens != nullptr) {
-    const int64_t first = load_global(p.cu_seqlens + b);
-    return {first + n, first, load_global(p.cu_seqlens + b + 1)};
+LMINF_DEVICE PlacedRow placed_row(const RotateParams& p, int64_t b, int64_t n) {
+  const RowPositions& r = p.positions;
+  auto sequence_start = [&](int64_t i) { return int64_t{load_global(r.cu_seqlens + i)}; };
+  const int64_t start = r.start != nullptr ? load_global(r.start + b) : 0;
+  PlacedRow row = {n, 0, true};
+  switch (r.kind) {
+    case RowPositions::kGiven:
+      row.position = load_global(r.ids + b * r.ids_stride + n);
+      break;
+    case RowPositions::kAsKeys:
+      row.source += r.first;
+      row.position = start + row.source;
+      if (r.cu_seqlens != nullptr) {
+        row.position =
+            row.source - sequence_start(find_sequence(r.n_sequences, row.source, sequence_start));
+      }
+      break;
+    case RowPositions::kByPosition:
+      row.position = n + max64(start, 0);
+      row.source = row.position - start;
+      break;
+    case RowPositions::kBySequence:
+      row.position = n;
+      row.source = sequence_start(b) + n;
+      row.there = row.source < sequence_start(b + 1);
+      return row;
   }
-  return {p.start != nullptr ? n - min64(load_global(p.start + b), 0) : n, 0, p.x_rows};
-}
-
-LMINF_DEVICE int64_t row_position(const RotateParams& p, int64_t b, int64_t n) {
-  if (p.position_ids != nullptr)
-    return load_global(p.position_ids + b * p.position_batch_stride + n);
-  if (p.has_fixed_position) return p.fixed_position;
-  if (p.cu_seqlens != nullptr) {
-    const int64_t s = find_sequence(p.n_sequences, n, [&](int64_t i) {
-      return static_cast<int64_t>(load_global(p.cu_seqlens + i));
-    });
-    return n - load_global(p.cu_seqlens + s);
-  }
-  const int64_t start = p.start != nullptr ? load_global(p.start + b) : 0;
-  return (p.rows_are_positions ? max64(start, 0) : start + p.first_row) + n;
+  row.there = row.source < p.x_rows;
+  return row;
 }
 
 template <typename T, int kVec>
@@ -74,13 +81,11 @@ __global__ void __launch_bounds__(kThreads) rotate_rows_kernel(const RotateParam
   const int64_t b = index / head_groups;
   if (b >= p.batch) return;
 
-  const SourceRow source = source_row(p, b, n);
-  if (source.row < source.lo || source.row >= source.hi) return;
+  const PlacedRow row = placed_row(p, b, n);
+  if (!row.there) return;
   const int64_t heads = min64(kHeadsPerThread, p.heads - first_head);
-  const T* x = static_cast<const T*>(p.x) + b * p.x_stride.batch + first_head * p.x_stride.head +
-               source.row * p.x_stride.seq;
-  T* out = static_cast<T*>(p.out) + b * p.out_stride.batch + first_head * p.out_stride.head +
-           n * p.out_stride.seq;
+  const T* x = row_at<const T>(p.x, p.x_stride, b, first_head, row.source);
+  T* out = row_at<T>(p.out, p.out_stride, b, first_head, n);
 
   if (unit >= pair_units) {
     const int64_t dim = p.rope.rotary_dim + (unit - pair_units) * kVec;
@@ -95,10 +100,10 @@ __global__ void __launch_bounds__(kThreads) rotate_rows_kernel(const RotateParam
   const int t0 = static_cast<int>(unit) * kVec;
   const int64_t run_a = p.rope.interleaved ? 2 * t0 : t0;
   const int64_t run_b = p.rope.interleaved ? 2 * t0 + kVec : t0 + half;
-  const bool copied = n < p.copied_rows;
+  const bool copied = row.source < p.copied_rows;
   CosSin angle[kVec];
   if (!copied) {
-    const int64_t position = min64(row_position(p, b, n), p.max_position);
+    const int64_t position = min64(max64(row.position, p.least_position), p.max_position);
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
       angle[e] = rotation(position, load_frequency(p.rope, t0 + e));
@@ -158,15 +163,7 @@ void run(const RotateParams& p, Stream stream) {
 }  // namespace
 
 void rotate_rows(const RotateParams& params, Stream stream) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return run<float>(params, stream);
-    case DType::kBFloat16:
-      return run<bf16>(params, stream);
-    case DType::kFloat16:
-      return run<fp16>(params, stream);
-  }
-  throw std::invalid_argument("rotate_rows: unknown dtype");
+  with_element_type(params.dtype, [&](auto element) { run<decltype(element)>(params, stream); });
 }
 
 template <>
@@ -187,8 +184,9 @@ void run_op(const ClampedRopeParams& p, const DeviceFacts&, void*, Stream stream
   r.rows = r.x_rows = p.seqlen;
   r.head_dim = p.head_dim;
   r.rope = p.rope;
-  r.position_ids = p.position_ids;
-  r.position_batch_stride = p.position_batch_stride;
+  r.positions.kind = RowPositions::kGiven;
+  r.positions.ids = p.position_ids;
+  r.positions.ids_stride = p.position_batch_stride;
   if (p.has_max_position) r.max_position = p.max_position;
   rotate_rows(r, stream);
 }

@@ -10,6 +10,24 @@
 
 namespace lminf::cuda {
 
+// Where the rows of a batch entry b stand, and which row of the tensor they are rotated from row n
+// comes from. Rows that it lacks are left alone.
+struct RowPositions {
+  enum Kind {
+    kGiven,       // ids[b * ids_stride + n]; row n
+    kAsKeys,      // as in k, from row `first` of it on: row n + first
+    kByPosition,  // n + max(start[b], 0); that position's row in k
+    kBySequence,  // n, in sequence b of cu_seqlens; that position's row in k, of one batch entry
+  };
+  Kind kind = kAsKeys;
+  const int64_t* ids = nullptr;
+  int64_t ids_stride = 0;
+  int64_t first = 0;
+  const int64_t* start = nullptr;  // [B] position of row 0 of k, or null: 0
+  const int32_t* cu_seqlens = nullptr;
+  int64_t n_sequences = 0;
+};
+
 struct RotateParams {
   DType dtype = DType::kFloat32;
   const void* x = nullptr;  // [batch, heads, x_rows, D]
@@ -21,26 +39,11 @@ struct RotateParams {
   int64_t x_rows = 0;
   int64_t head_dim = 0;
   RopeParams rope;
-  int64_t copied_rows = 0;  // so many leading rows are copied as they are
-  int64_t first_row = 0;    // row 0 of x and out is so many rows behind its sequence's start
-
-  // Position of row n of batch entry b: position_ids[b * stride + n] when given, else
-  // fixed_position when has_fixed_position, else n counted from its sequence's start
-  // (cu_seqlens), else start[b] + first_row + n, or the one that rows_are_positions names. Then
-  // clamped to at most max_position.
-  const int64_t* position_ids = nullptr;
-  int64_t position_batch_stride = 0;
-  bool has_fixed_position = false;
-  int64_t fixed_position = 0;
-  const int32_t* cu_seqlens = nullptr;
-  int64_t n_sequences = 0;
-  const int64_t* start = nullptr;
+  RowPositions positions;
+  // Positions are clamped to these; where both are one, all rows stand there.
+  int64_t least_position = std::numeric_limits<int64_t>::min();
   int64_t max_position = std::numeric_limits<int64_t>::max();
-
-  // Row n of out is position n + max(start[b], 0), so row n - min(start[b], 0) of x; or position n
-  // of sequence b of cu_seqlens (then x has one batch entry). Rows that x lacks are left alone.
-  // When false, row n of out is row n of x.
-  bool rows_are_positions = false;
+  int64_t copied_rows = 0;  // so many leading rows of x are copied as they are
 };
 
 void rotate_rows(const RotateParams& params, Stream stream);

@@ -25,9 +25,9 @@ struct AttnTask {
   int64_t keys;          // of the sequence
 };
 
-class AttnPlan {
+class AttnTasks {
  public:
-  AttnPlan(const LambdaAttnParams& p, int threads, int64_t max_rows, int64_t max_heads)
+  AttnTasks(const LambdaAttnParams& p, int threads, int64_t max_rows, int64_t max_heads)
       : p_(p), group_(p.heads_q / p.heads_kv) {
     heads_ = std::min(group_, max_heads);
     chunks_ = (group_ + heads_ - 1) / heads_;
@@ -46,7 +46,7 @@ class AttnPlan {
     }
   }
 
-  int64_t tasks() const { return blocks_before_.back() * p_.heads_kv * chunks_; }
+  int64_t count() const { return blocks_before_.back() * p_.heads_kv * chunks_; }
   int64_t rows_per_task() const { return queries_ * heads_; }
   int64_t queries_per_task() const { return queries_; }
 
