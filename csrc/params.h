@@ -84,6 +84,22 @@ struct LambdaAttnParams {
   ScoreParams score;
 };
 
+// Its backward. What is null is not wanted, or not there.
+struct LambdaAttnBackwardParams {
+  LambdaAttnParams attn;            // with out and lse as the forward left them
+  const void* grad_out = nullptr;   // [B, Hq, Sq, D]
+  const float* grad_lse = nullptr;  // [B, Hq, Sq] contiguous, or null: 0
+  void* grad_q = nullptr;           // [B, Hq, Sq, D]
+  void* grad_k = nullptr;           // [B, Hkv, Sk, D]
+  void* grad_v = nullptr;           // [B, Hkv, Sk, D]
+  void* grad_global_k = nullptr;    // [B, Hkv, G, D], where the forward had global_k
+  void* grad_global_v = nullptr;    // [B, Hkv, G, D]
+  float* grad_sinks = nullptr;      // [Hq] or null
+  float* grad_biases = nullptr;     // [Hq, n_distances] contiguous, or null
+  Strides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride, grad_global_k_stride,
+      grad_global_v_stride;
+};
+
 // torch.ops.lminf.lambda_decode: one token of each row over the fixed cache. Token at position p of
 // row b: its key is rotated and written to ring slot p % C, its raw key to global slot p when p <
 // G, then it attends.

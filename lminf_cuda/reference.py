@@ -121,13 +121,15 @@ def _attend(
     """
     visible = visible[:, None] & (s != -math.inf)
     v = v.repeat_interleave(s.shape[1] // v.shape[1], dim=1)
-    s = s.masked_fill(~visible, -math.inf)
+    # A row that sees nothing has scores of 0 for as long as derivatives of -inf would be NaN.
+    sees_nothing = ~visible.any(-1, keepdim=True)
+    s = s.masked_fill(~visible, -math.inf).masked_fill(sees_nothing, 0.0)
     lse = torch.logsumexp(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1)
+    lse = lse.masked_fill(sees_nothing[..., 0], -math.inf)
     if sink_logits is not None:
         sink = sink_logits.to(s.dtype)[None, :, None, None].expand(*s.shape[:-1], 1)
         s = torch.cat([s, sink], dim=-1)
-    p = s.softmax(dim=-1)[..., : v.shape[2]]  # NaN where a row sees nothing at all
-    p = p.masked_fill(~visible, 0.0)
+    p = s.softmax(dim=-1)[..., : v.shape[2]].masked_fill(~visible, 0.0)
 
     # 0 * NaN is NaN: what no query sees is left out.
     return p @ v.masked_fill(~visible.any(2)[..., None], 0.0), lse

@@ -280,3 +280,97 @@ def poisoned(x: Tensor, where: Any, value: float) -> Tensor:
     x = x.clone()
     x[where] = value
     return x
+
+
+# Of a sum over all queries that see a key, and over its dims again, in float32.
+FLOAT32_GRAD_MAX = 1e-5
+FLOAT32_GRAD_MEAN = 5e-7
+GRADIENTS = ("q", "k", "v", "global_k", "global_v", "sink_logits", "distance_bias")
+
+
+def reference_gradients(
+    given: dict[str, Any], grad_out: Tensor, grad_lse: Tensor | None, widened: bool
+) -> dict[str, Tensor]:
+    """The gradients of the reference, by autograd. What no query sees is NaN-free here: autograd
+    would multiply it by 0."""
+    given = {
+        name: x.nan_to_num(0.0, 0.0, -INF if name == "distance_bias" else 0.0)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for name, x in given.items()
+    }
+    if widened:
+        keep = ("inv_freq", "alibi_slopes")
+        given = {name: x if name in keep else widen(x) for name, x in given.items()}
+    wanted = {name: given[name] for name in GRADIENTS if given.get(name) is not None}
+    wanted = {name: x.detach().requires_grad_() for name, x in wanted.items()}
+    result = reference.lambda_attention(**(given | wanted), return_lse=True)
+    assert isinstance(result, tuple)
+    out, lse = result
+    total = (out * grad_out.to(out.dtype)).sum()
+    if grad_lse is not None:
+        total = total + (lse.masked_fill(lse == -INF, 0.0) * grad_lse).sum()
+    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values())), strict=True))
+
+
+def assert_gradient_right(
+    what: str, ours: Tensor, truth: Tensor, eager: Tensor | None, dtype: torch.dtype
+) -> None:
+    """At most three times as wrong as the eager reference in the same dtype, and 1.5 times on
+    average; in float32 within fixed bounds."""
+    assert ours.shape == truth.shape, f"d{what} has shape {tuple(ours.shape)}"
+    ours, truth = ours.double(), truth.double()
+    assert ours.isfinite().all(), f"d{what} is not finite"
+    if truth.numel() == 0:
+        return
+    error = (ours - truth).abs()
+    if eager is None:
+        size = max(1.0, truth.abs().max().item())
+        max_bound, mean_bound = FLOAT32_GRAD_MAX * size, FLOAT32_GRAD_MEAN * size
+    else:
+        unit = torch.finfo(dtype).eps * truth.abs() / 4  # as in assert_right
+        yardstick = (eager.double() - truth).abs()
+        max_bound = 3 * yardstick.max().item() + unit.max().item()
+        mean_bound = 1.5 * yardstick.mean().item() + unit.mean().item()
+    assert error.max().item() <= max_bound, (
+        f"d{what}: max error {error.max():.3g} > {max_bound:.3g}; {worst(ours, truth, error)}"
+    )
+    # A handful of entries has no mean to speak of.
+    assert ours.numel() < 32 or error.mean().item() <= mean_bound, (
+        f"d{what}: mean error {error.mean():.3g} > {mean_bound:.3g}; {worst(ours, truth, error)}"
+    )
+
+
+def gradients(
+    backend: str, given: dict[str, Any], grad_out: Tensor, grad_lse: Tensor | None, threads: int = 1
+) -> dict[str, Tensor]:
+    """The op's backward on so many threads, after a forward on one; by the names of the inputs."""
+    rest = dict(given)
+    q, k, v, *sizes = (rest.pop(name) for name in ("q", "k", "v", "n_global", "window"))
+    out, lse = call(backend, "lambda_attn", q, k, v, *sizes, **rest)
+    result = call(
+        backend, "lambda_attn_backward", grad_out, grad_lse, out, lse, q, k, v, *sizes,
+        threads=threads, **rest,
+    )  # fmt: skip
+    found = dict(zip(GRADIENTS, result, strict=True))
+    return {name: x for name, x in found.items() if given.get(name) is not None}
+
+
+@torch_threads(1)
+def check_gradients(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, *, with_lse: bool = True, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Runs the op's backward and the reference's, compares all gradients."""
+    given = {"q": q, "k": k, "v": v} | kwargs
+    grad_out, grad_lse = randn(77, tuple(q.shape), tuple(q.shape[:3]))
+    grad_out = grad_out.to(q.dtype)
+    wanted_lse = grad_lse if with_lse else None
+    ours = gradients(backend, given, grad_out, wanted_lse)
+    truth = reference_gradients(given, grad_out, wanted_lse, True)
+    eager = None
+    if q.dtype != torch.float32:
+        eager = reference_gradients(given, grad_out, wanted_lse, False)
+    assert ours.keys() == truth.keys()
+    for name, x in ours.items():
+        assert_gradient_right(name, x, truth[name], eager and eager[name], q.dtype)
+    return ours

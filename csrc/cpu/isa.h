@@ -18,10 +18,12 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -32,6 +34,7 @@
 #include "../core/walk.h"
 #include "../params.h"
 #include "attn_tasks.h"
+#include "backward/plan.h"
 #include "frequencies.h"
 #include "kernels.h"
 #include "scratch.h"

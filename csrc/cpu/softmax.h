@@ -103,7 +103,7 @@ inline Vec vtanh_for(Vec x) {
 
 // The scores of a row of products, in units of log2: the products times a factor.
 struct ScaledScores {
-  static constexpr bool kMapped = false;
+  static constexpr bool kMapped = false, kCapped = false;
   Vec factor;
   explicit ScaledScores(const ScoreMap& map) : factor(vset(map.factor)) {}
   Vec minus(Vec max, const float* row, int c) const { return vfms(vload(row + c), factor, max); }
@@ -112,7 +112,7 @@ struct ScaledScores {
 // The same where a factor is not all there is. Column c of a row is that of its bias.
 template <bool kSoftcap, Added kAdded, typename E>
 struct MappedScores {
-  static constexpr bool kMapped = true;
+  static constexpr bool kMapped = true, kCapped = kSoftcap;
   // Without a softcap log2(e) is part of the factors, with one it comes last.
   float unit;
   Vec scale, cap, slope, distance, step;
