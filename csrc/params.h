@@ -84,18 +84,18 @@ struct LambdaAttnParams {
   ScoreParams score;
 };
 
-// Its backward. What is null is not wanted, or not there.
-struct LambdaAttnBackwardParams {
-  LambdaAttnParams attn;            // with out and lse as the forward left them
+// torch.ops.lminf.lambda_attn_backward: `out` and `lse` are as the forward left them, and only
+// read.
+struct LambdaAttnBackwardParams : LambdaAttnParams {
   const void* grad_out = nullptr;   // [B, Hq, Sq, D]
   const float* grad_lse = nullptr;  // [B, Hq, Sq] contiguous, or null: 0
   void* grad_q = nullptr;           // [B, Hq, Sq, D]
   void* grad_k = nullptr;           // [B, Hkv, Sk, D]
   void* grad_v = nullptr;           // [B, Hkv, Sk, D]
-  void* grad_global_k = nullptr;    // [B, Hkv, G, D], where the forward had global_k
+  void* grad_global_k = nullptr;    // [B, Hkv, G, D], or null where there is no global_k
   void* grad_global_v = nullptr;    // [B, Hkv, G, D]
-  float* grad_sinks = nullptr;      // [Hq] or null
-  float* grad_biases = nullptr;     // [Hq, n_distances] contiguous, or null
+  float* grad_sinks = nullptr;      // [Hq], or null where there are no sink_logits
+  float* grad_biases = nullptr;     // [Hq, n_distances] contiguous, or null without distance_bias
   Strides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride, grad_global_k_stride,
       grad_global_v_stride;
 };
@@ -183,6 +183,7 @@ struct ClampedRopeParams {
 // Every op, by what its kernels take.
 template <typename... Params>
 struct OpList {};
-using Ops = OpList<LambdaAttnParams, LambdaDecodeParams, MiddleTopkParams, ClampedRopeParams>;
+using Ops = OpList<LambdaAttnParams, LambdaAttnBackwardParams, LambdaDecodeParams, MiddleTopkParams,
+                   ClampedRopeParams>;
 
 }  // namespace lminf

@@ -14,6 +14,9 @@ namespace lminf::cpu::LMINF_ISA {
 #include "softmax.h"
 #include "read_ahead.h"
 #include "lambda_attn.h"
+#include "backward/pack.h"
+#include "backward/scores.h"
+#include "backward/lambda_attn_backward.h"
 #include "decode_dot.h"
 #if LMINF_BF16
 #include "decode_bf16.h"

@@ -8,6 +8,7 @@ import torch
 
 from lminf_cuda.ops.autograd import autograd_kernel, transform_kernel, why_no_derivative
 from lminf_cuda.ops.fakes import fake_kernel
+from lminf_cuda.ops.gradients import GRADIENTS
 from lminf_cuda.ops.schemas import SCHEMAS, define
 
 
@@ -22,7 +23,8 @@ def _register() -> torch.library.Library:
             # Called once per layer and token, it keeps the direct way: csrc/torch/derivatives.h.
             library.impl(name, transform_kernel(op), "FuncTorchDynamicLayerFrontMode")
         else:
-            library.impl(name, autograd_kernel(op), "Autograd", with_keyset=True)
+            kernel = GRADIENTS.get(name) or autograd_kernel(op)
+            library.impl(name, kernel, "Autograd", with_keyset=True)
     library.define("why_no_derivative(str op, Tensor[] tensors) -> str")
     library.impl("why_no_derivative", why_no_derivative, "CompositeExplicitAutograd")
     return library

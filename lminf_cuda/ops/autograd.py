@@ -1,4 +1,5 @@
-"""What the ops do where a derivative would be due: they refuse, with the way out."""
+"""What the ops do where a derivative would be due that they do not have: they refuse, with the way
+out."""
 
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 _NO_BACKWARD = (
-    "{op} has no backward yet, but an input requires a gradient; wrap the call in "
+    "{op} has no backward, but an input requires a gradient; wrap the call in "
     "torch.no_grad(), or detach the inputs"
 )
 _NO_FORWARD_MODE = (
@@ -27,9 +28,19 @@ def why_no_derivative(op: str, tensors: list[Tensor]) -> str:
     """What is wrong where a derivative of `op` would be due; else empty."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _NO_BACKWARD.format(op=op)
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if _any_tangent(tensors):
         return _NO_FORWARD_MODE.format(op=op)
     return ""
+
+
+def _any_tangent(tensors: list[Tensor]) -> bool:
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def refuse_tangents(op: str, tensors: list[Tensor]) -> None:
+    """Raises RuntimeError where a forward-mode derivative of `op` would be due."""
+    if _any_tangent(tensors):
+        raise RuntimeError(_NO_FORWARD_MODE.format(op=op))
 
 
 def refuse_derivatives(op: str, tensors: list[Tensor]) -> None:

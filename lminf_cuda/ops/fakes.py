@@ -30,6 +30,20 @@ def _attention_fake(q: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor
     return _output_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+def _backward_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    lse, q, k, v = args[3:7]
+
+    def like(name: str) -> Tensor:
+        return _output_like(kwargs[name]) if kwargs.get(name) is not None else lse.new_empty(0)
+
+    def float_like(name: str) -> Tensor:
+        return lse.new_empty(kwargs[name].shape if kwargs.get(name) is not None else 0)
+
+    global_kv = like("global_k"), like("global_v")
+    per_head = float_like("sink_logits"), float_like("distance_bias")
+    return _output_like(q), _output_like(k), _output_like(v), *global_kv, *per_head
+
+
 def _decode_fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     refuse_derivatives("lambda_decode", tensors_among(args, kwargs))
     return _attention_fake(*args)
@@ -46,6 +60,7 @@ def _middle_fake(*args: Any, **_: object) -> tuple[Tensor, Tensor, Tensor]:
 
 _FAKES: dict[str, Callable[..., object]] = {
     "lambda_attn": _attention_fake,
+    "lambda_attn_backward": _backward_fake,
     "lambda_decode": _decode_fake,
     "clamped_rope": _rope_fake,
     "middle_topk": _middle_fake,

@@ -14,15 +14,23 @@ _SCORE = (
     "Tensor? distance_bias=None"
 )
 
+_LAMBDA_ATTN = (
+    "Tensor q, Tensor k, Tensor v, int n_global, int window, *, int? max_distance=None, "
+    f"{_ROTARY}, {_SCORE}, Tensor? k_start=None, Tensor? global_k=None, Tensor? global_v=None, "
+    "Tensor? cu_seqlens=None, int k_rotated=0"
+)
+
 # The arguments of each op and what it returns. B batch, Hq and Hkv heads, Sq queries, Sk keys, D
 # head dim, C ring slots, G global slots.
 SCHEMAS = {
     # q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D] -> out like q, lse float32 [B, Hq, Sq]
-    "lambda_attn": (
-        "Tensor q, Tensor k, Tensor v, int n_global, int window, *, int? max_distance=None, "
-        f"{_ROTARY}, {_SCORE}, Tensor? k_start=None, Tensor? global_k=None, "
-        "Tensor? global_v=None, Tensor? cu_seqlens=None, int k_rotated=0",
-        "(Tensor, Tensor)",
+    "lambda_attn": (_LAMBDA_ATTN, "(Tensor, Tensor)"),
+    # of its inputs and results, and the gradients of those -> the gradients of q, k, v, global_k,
+    # global_v, and float32 those of sink_logits [Hq] and distance_bias [Hq, distances]; [0] for an
+    # input that is not there
+    "lambda_attn_backward": (
+        f"Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_LAMBDA_ATTN}",
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     ),
     # q [B, Hq, 1, D], k and v [B, Hkv, 1, D], ring_k and ring_v [B, Hkv, C, D] with rotated keys,
     # global_k and global_v [B, Hkv, G, D] with un-rotated keys, positions int64 [B]

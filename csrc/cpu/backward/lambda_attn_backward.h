@@ -98,7 +98,7 @@ class LambdaAttnBackward {
  public:
   LambdaAttnBackward(const LambdaAttnBackwardParams& params, const Rotary& rotary)
       : b_(params),
-        p_(params.attn),
+        p_(params),
         rotary_(rotary),
         map_(p_.score),
         plan_(p_),
@@ -712,3 +712,8 @@ class LambdaAttnBackward {
   int64_t heads_;    // of these in one block
   int64_t queries_;  // queries of a block
 };
+
+template <typename T>
+void run(const LambdaAttnBackwardParams& p, const Rotary& rotary, const Threads& threads) {
+  LambdaAttnBackward<T>(p, rotary).run(threads);
+}
