@@ -311,7 +311,7 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
         layers: of each layer an object with n_global, window and max_distance, or None.
 
     Yields:
-        ids [1, S] -> logits [1, S, vocabulary].
+        ids [1, S] -> logits [1, S, vocabulary]; its attribute `model` is the copy.
     """
     model = copy.deepcopy(model)
     decoder, family = find_decoder(model)
@@ -355,4 +355,5 @@ def definition(model: Any, layers: Sequence[Any]) -> Iterator[Callable[[Tensor],
         positions = positions_of(ids.shape[1])
         return model(ids.expand(3, -1), position_ids=positions, use_cache=False).logits[:1]
 
+    logits.model = model  # type: ignore[attr-defined]
     yield logits

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .compat import versions
 from .forward_state import ForwardState, running
 from .middle import add_middle_tokens
+from .own_forwards import attention_dropout
 from .positions import causal_padding_mask
 from .settings import LayerSettings
 
@@ -51,16 +52,9 @@ def _attend(
             f"attention implementation {ATTENTION_NAME!r} works in a patched model only; load the "
             "model with another attn_implementation and call lminf_cuda.patch_model(model)"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        raise RuntimeError(
-            "a patched model has no backward yet: run it under torch.no_grad() or "
-            "torch.inference_mode()"
-        )
     first = state.first_on(query.device)
     if layer.query_scale is not None:
-        positions = torch.arange(query.shape[2], device=query.device)[None]
-        if first is not None:
-            positions = (positions + first[:, None]).clamp(min=0)
+        positions = state.positions_on(query.device).clamp(min=0)
         query = (query * layer.query_scale(positions)[:, None, :, None]).to(query.dtype)
     # Under autocast a rotary embedding makes float32 of queries and keys, but not of values.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -78,7 +72,9 @@ def _attend(
     if layer.observer is not None:
         layer.observer(query, key, options)
     state.n_attended += 1
-    if state.cache is None:
+    if state.packed is not None:
+        out = _attend_packed(layer, query, key, value, state.packed, options)
+    elif state.cache is None:
         out, lse = torch.ops.lminf.lambda_attn.default(
             query, key, value, layer.n_global, layer.window, k_start=first, **options
         )
@@ -103,6 +99,52 @@ def _attend(
     return out[..., :value_dim].transpose(1, 2).contiguous()
 
 
+def _attend_packed(
+    layer: LayerSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """Λ attention within each of the sequences that are packed into the rows, as if the rows stood
+    one after the other in one.
+
+    Args:
+        layer: its settings.
+        query: [B, Hq, S, D], un-rotated.
+        key, value: [B, Hkv, S, D], un-rotated.
+        packed: int32 [n + 1], where the sequences begin and end in the B * S tokens.
+        options: of the op.
+
+    Returns:
+        [B, Hq, S, D].
+    """
+    batch, _, n_tokens, _ = query.shape
+    if batch > 1:
+        query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+    out, _ = torch.ops.lminf.lambda_attn.default(
+        query,
+        key,
+        value,
+        layer.n_global,
+        layer.window,
+        cu_seqlens=packed.to(query.device),
+        **options,
+    )
+    return out if batch == 1 else out[0].unflatten(1, (batch, n_tokens)).transpose(0, 1)
+
+
+def _refuse_dropout(module: nn.Module, dropout: float) -> None:
+    """Raises ValueError where an attention module drops weights of its attention."""
+    if dropout:
+        raise ValueError(
+            f"attention dropout is {dropout} in {type(module).__name__}, and Λ attention has none; "
+            "load the model with 0 for it in its config (attention_dropout=0.0, or what the config "
+            "calls it), or call model.eval()"
+        )
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -125,7 +167,7 @@ def _attention(
         key, value: [B, Hkv, S, D], un-rotated, the new tokens' only.
         attention_mask: not used: `lminf_forward` knows the padding.
         scaling: of <q, k>; 1/sqrt(D) by default.
-        dropout: must be 0.
+        dropout: of the attention weights; must be 0.
         softcap: of the scores.
         s_aux: a learned logit of each head that joins the softmax's denominator, [Hq].
         lminf_forward: the state of the decoder's forward, where that hands keywords on.
@@ -134,10 +176,7 @@ def _attention(
     Returns:
         [B, S, Hq, D], and None for the attention weights.
     """
-    if dropout:
-        raise ValueError(
-            f"attention dropout is {dropout}, and Λ attention has none; call model.eval()"
-        )
+    _refuse_dropout(module, dropout)
     if lminf_forward is None:
         lminf_forward = running()
     _check_heeded(module, lminf_forward, others)
@@ -182,10 +221,7 @@ def attend_in_forward(
 ) -> Tensor:
     """What the forwards in own_forwards.py call: [B, S, Hq * Dv] of tensors as in `_attend`."""
     if module.training:
-        raise ValueError(
-            f"this {type(module).__name__} is in training mode, whose dropout Λ attention does not "
-            "have; call model.eval()"
-        )
+        _refuse_dropout(module, attention_dropout(module))
     options = {"scale": scale, "distance_bias": distance_bias}
     index: int = module.layer_idx  # type: ignore[assignment]
     return _attend(module, query, key, value, running(), options, index).flatten(2)

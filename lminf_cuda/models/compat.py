@@ -153,6 +153,10 @@ WRAPPED_FORWARD = "_old_forward"
 HOOKS = "_hf_hook"
 
 
+# The attribute of a module that runs some of itself again in the backward: the function that does.
+CHECKPOINTS_BY = "_gradient_checkpointing_func"
+
+
 class _Unknown:
     """Stands for a class that an old version does not have."""
 

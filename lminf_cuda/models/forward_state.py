@@ -6,7 +6,7 @@ modules, and beside that as what is running in this thread, for the decoders tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,8 @@ class ForwardState:
         is_right_padded: some row ends with padding.
         late_rows: bool [B], the rows whose first columns in the cache were padding alone; None for
             none.
+        packed: int32 [n + 1], where the sequences that are packed into the rows begin and end, the
+            rows taken one after the other; None where each row is one sequence.
         given: the names of what the decoder's forward is given.
         met: the cache layers that attention layers have met so far, in their order.
         n_attended: calls of the attention function so far.
@@ -48,6 +50,7 @@ class ForwardState:
     is_decode: bool
     is_right_padded: bool
     late_rows: Tensor | None = None
+    packed: Tensor | None = None
     given: tuple[str, ...] = ()
     met: list[int] = field(default_factory=list)
     n_attended: int = 0
@@ -59,6 +62,17 @@ class ForwardState:
         if self.first is None or self.first.device == device:
             return self.first
         return self.first.to(device)
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """int64 [B or 1, S], where the new tokens stand; negative for padding."""
+        columns = torch.arange(self.n_tokens, device=device)[None]
+        if self.packed is not None:
+            starts = self.packed.to(device).long()
+            tokens = torch.arange(int(starts[-1]), device=device)
+            sequence = torch.searchsorted(starts, tokens, right=True) - 1
+            return (tokens - starts[sequence]).view(-1, self.n_tokens)
+        first = self.first_on(device)
+        return columns if first is None else columns + first[:, None]
 
     def meet(self, module: Any, layer: LayerSettings, index: int | None) -> LambdaCacheLayer:
         """The cache layer that an attention layer stores its new keys in and attends to.
@@ -140,6 +154,32 @@ def enter(state: ForwardState, owner: Any) -> None:
         state.outer = _running.get()
         _running.set(state)
     _traced.state = state  # never read before it is written, in a graph: that would be guarded
+
+
+class InItsForward:
+    """A checkpointing function: what it runs again in the backward is in the forward's state again.
+
+    Args:
+        original: (function, *arguments, **options) -> what the function returns.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """As `original`."""
+        state = running()
+        if state is None or torch.compiler.is_compiling():
+            return self.original(function, *args, **options)
+
+        def in_state(*args: Any, **kwargs: Any) -> Any:
+            token = _running.set(state)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _running.reset(token)
+
+        return self.original(in_state, *args, **options)
 
 
 def leave(owner: Any) -> None:

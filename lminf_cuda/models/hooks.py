@@ -15,6 +15,7 @@ from torch import nn
 
 from .attention import ATTENTION_NAME
 from .compat import (
+    CHECKPOINTS_BY,
     attention_name,
     cache_argument,
     has_keywords,
@@ -24,9 +25,16 @@ from .compat import (
 )
 from .families import WRAPPERS
 from .family import Family
-from .forward_state import STATE_KEYWORD, ForwardState, enter, leave, running
+from .forward_state import (
+    STATE_KEYWORD,
+    ForwardState,
+    InItsForward,
+    enter,
+    leave,
+    running,
+)
 from .generation import lambda_cache, new_cache
-from .positions import locate_tokens, padding_mask, refuse_inputs
+from .positions import locate_tokens, packed_sequences, padding_mask, refuse_inputs
 from .settings import LambdaSettings
 
 
@@ -80,6 +88,10 @@ class Hooks:
         """Takes them out again."""
         for handle in self.handles:
             handle.remove()
+        for module in self.decoder.modules():
+            function = module.__dict__.get(CHECKPOINTS_BY)
+            if isinstance(function, InItsForward):
+                setattr(module, CHECKPOINTS_BY, function.original)
 
     def before_around(
         self,
@@ -97,6 +109,8 @@ class Hooks:
         cache = move_cache(kwargs, cache_name)
         if cache is not None:
             lambda_cache(self.decoder, cache)
+        elif self.makes_caches and module.training and torch.is_grad_enabled():
+            kwargs.setdefault("use_cache", False)
         elif self.makes_caches and self.wants_cache(kwargs):
             kwargs[cache_name] = new_cache(self.decoder)
         return (), kwargs
@@ -107,6 +121,16 @@ class Hooks:
         if use_cache is None:
             use_cache = getattr(self.decoder.config, "use_cache", False)
         return bool(use_cache)
+
+    def refuses_packed(self) -> str | None:
+        """Why the model takes no sequences packed into a row, or None."""
+        if self.family.cross_attends:
+            return "which a decoder with cross-attention does not take"
+        if self.settings.recurrent_states:
+            return "and the states of this model's recurrent layers would go from one to the next"
+        if any(layer is not None and layer.middle_top_k for layer in self.settings.layers):
+            return "and middle tokens join one query of a row"
+        return None
 
     def before_forward(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,22 +151,35 @@ class Hooks:
         if inputs is None:
             return (), kwargs  # the model's own error is clear
 
+        trains = decoder.training and torch.is_grad_enabled()
+        if trains and not self.hands_on:
+            self.checkpoint_in_state()
+        if cache is None and trains and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False  # which its config may ask for by default
         if cache is None and self.wants_cache(kwargs):
             cache = kwargs[self.cache_name] = new_cache(decoder)
         if cache is not None:
             cache = lambda_cache(decoder, cache)
             cache.check(self.settings, *inputs.shape[:2])
+            if trains and getattr(decoder, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "gradient checkpointing runs layers twice, and a cache would take their keys "
+                    "twice; pass use_cache=False and no cache"
+                )
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
+        packed = packed_sequences(kwargs, inputs, cache, self.refuses_packed())
         state = locate_tokens(
             cache,
             inputs,
             kwargs["attention_mask"],
             kwargs.get("position_ids"),
             bool(self.settings.recurrent_states),
+            packed,
         )
         if self.family.reads_positions and state.first is not None:
-            columns = torch.arange(state.n_tokens, device=state.first.device)
-            kwargs["position_ids"] = (state.first[:, None] + columns).clamp(min=0)
+            kwargs["position_ids"] = state.positions_on(state.first.device).clamp(min=0)
+        elif packed is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = state.positions_on(inputs.device)
         state.given = tuple(kwargs)
         if self.hands_on:
             kwargs[STATE_KEYWORD] = state
@@ -159,6 +196,13 @@ class Hooks:
             cache.begin(state.first, state.late_rows)
         enter(state, self)
         return (), kwargs
+
+    def checkpoint_in_state(self) -> None:
+        """Lets layers that run again in the backward find the state of their forward."""
+        for module in self.decoder.modules():
+            function = module.__dict__.get(CHECKPOINTS_BY)
+            if function is not None and not isinstance(function, InItsForward):
+                setattr(module, CHECKPOINTS_BY, InItsForward(function))
 
     def leave_forward(self, *_: Any) -> None:
         """Hook after the decoder's forward, also where it raised."""

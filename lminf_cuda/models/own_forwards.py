@@ -17,12 +17,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .compat import asks_interface
+from .compat import asks_interface, versions
 from .rope import Rope
 
 Attend = Callable[..., Tensor]
+
+
+# What the attention modules that are served here call the dropout of their attention weights: a
+# number, or a module.
+_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_dropout_p", "dropout")
+
+
+def attention_dropout(module: Any) -> float:
+    """The dropout of a module's attention weights in training."""
+    for name in _DROPOUTS:
+        dropout = getattr(module, name, None)
+        if dropout is not None:
+            return float(getattr(dropout, "p", dropout))
+    raise ValueError(
+        f"{type(module).__name__} is in training mode, and has no dropout of its attention under a "
+        f"known name; call model.eval() ({versions()})"
+    )
 
 
 def falcon_forward(
@@ -69,7 +86,8 @@ def bloom_forward(
     """Bloom's, which adds the residual itself."""
     q, k, v = module._reshape(module.query_key_value(hidden_states))
     out = attend(module, q, k, v, module.inv_norm_factor)
-    return residual + module.dense(out), None
+    out = nn.functional.dropout(module.dense(out), module.hidden_dropout, module.training)
+    return residual + out, None
 
 
 def codegen_forward(

@@ -17,7 +17,11 @@ from .cache import LambdaCache
 from .forward_state import ForwardState
 
 # Which transformers hands on to attention functions, and which this one would not heed.
-_REFUSED_INPUTS = ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
+_REFUSED_INPUTS = ("head_mask", "block_table")
+
+# Where sequences that are packed into one row begin and end, as transformers' collators for packed
+# rows hand it on to attention functions.
+_PACKED_QUERIES, _PACKED_KEYS = "cu_seq_lens_q", "cu_seq_lens_k"
 
 _NO_LOOK_AHEAD = (
     "this model lets tokens of an image or of a prefix see what follows them, which Λ attention "
@@ -144,9 +148,8 @@ def _check_position_ids(position_ids: Tensor, allowed: list[Tensor], real: Tenso
         shown = f"{found[:8]}..." if len(found) > 8 else f"{found}"
         raise ValueError(
             f"position_ids of row {row} are {shown}, but a patched model counts each row's tokens "
-            "itself, from its padding mask and its cache; leave position_ids out. Sequences "
-            "packed into one row are not supported here: give each its own row, or call "
-            "lambda_attn with cu_seqlens"
+            "itself, from its padding mask and its cache; leave position_ids out, or let them "
+            "count from 0 in each sequence of a row that several are packed into"
         )
 
 
@@ -194,12 +197,82 @@ def _may_read_values(inputs: Tensor) -> bool:
     return inputs.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
+    """int32 [n + 1], where the packed sequences begin and end, of positions [B, S] that count from
+    0 in each of them and do so more than once in a row; else None."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    begins = position_ids == 0
+    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    is_packed = begins[:, 0].all() & (begins[:, 1:] | goes_on).all() & begins[:, 1:].any()
+    if not bool(is_packed):
+        return None
+    begins = begins.flatten().nonzero()[:, 0].to(torch.int32)
+    return torch.cat([begins, begins.new_tensor([position_ids.numel()])])
+
+
+def packed_sequences(
+    kwargs: dict[str, Any], inputs: Tensor, cache: LambdaCache | None, refused: str | None
+) -> Tensor | None:
+    """Where the sequences of packed rows begin and end, the rows taken one after the other.
+
+    Args:
+        kwargs: all arguments of the decoder's forward by their names: cu_seq_lens_q tells, else
+            position_ids that start again from 0.
+        inputs: input_ids [B, S] or inputs_embeds [B, S, hidden].
+        cache: the cache in use, or None.
+        refused: why this model does not take packed rows, or None.
+
+    Returns:
+        int32 [n + 1], or None where each row is one sequence.
+
+    Raises:
+        ValueError: the sequences contradict the input, or are to go into a cache, or have padding.
+    """
+    batch, n_tokens = inputs.shape[:2]
+    packed, keys = kwargs.get(_PACKED_QUERIES), kwargs.get(_PACKED_KEYS)
+    if packed is None and keys is not None:
+        raise ValueError(f"{_PACKED_KEYS} is given without {_PACKED_QUERIES}; give both")
+    if packed is not None:
+        if keys is not None and not torch.equal(packed, keys):
+            raise ValueError(
+                f"{_PACKED_QUERIES} and {_PACKED_KEYS} differ; a patched model takes each packed "
+                "sequence whole, so they must be the same"
+            )
+        if batch != 1 or packed.ndim != 1 or int(packed[-1]) != n_tokens:
+            raise ValueError(
+                f"{_PACKED_QUERIES} has shape {list(packed.shape)} and ends with "
+                f"{packed.flatten()[-1:].tolist()}, but must be [n + 1] and end with the number of "
+                f"tokens of the one row; the input is {[batch, n_tokens]}"
+            )
+        packed = packed.to(torch.int32)
+    elif cache is None or cache.get_seq_length() == 0:
+        packed = _packed_by_positions(kwargs.get("position_ids"))
+    if packed is None:
+        return None
+    what = "several sequences are packed into a row (by position_ids or cu_seq_lens_q)"
+    if refused is not None:
+        raise ValueError(f"{what}, {refused}; give each its own row")
+    if cache is not None:
+        raise ValueError(
+            f"{what}, and a cache is in use, which holds one sequence a row; pass use_cache=False, "
+            "or give each its own row"
+        )
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and not bool((mask != 0).all()):
+        raise ValueError(
+            f"{what}, and attention_mask marks padding; leave the padding out of packed rows"
+        )
+    return packed
+
+
 def locate_tokens(
     cache: LambdaCache | None,
     inputs: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
     is_recurrent: bool,
+    packed: Tensor | None = None,
 ) -> ForwardState:
     """Checks one forward's mask and positions and says where its tokens stand.
 
@@ -212,11 +285,16 @@ def locate_tokens(
         attention_mask: [B, all columns so far] or None.
         position_ids: [B or 1, S] or None.
         is_recurrent: whether the model has recurrent layers, which cannot leave a token out.
+        packed: what `packed_sequences` says; the positions follow from it then.
 
     Raises:
         ValueError: mask or positions contradict the cache, or are none that Λ attention takes.
     """
     batch_size, n_tokens = inputs.shape[:2]
+    if packed is not None:
+        return ForwardState(
+            None, None, n_tokens, is_decode=False, is_right_padded=False, packed=packed
+        )
     n_old, counts = (0, None) if cache is None else (cache.get_seq_length(), cache.next_positions)
     if cache is not None and counts is None:
         counts = torch.zeros(batch_size, dtype=torch.int64, device=inputs.device)

@@ -124,6 +124,10 @@ def _put(ring: Tensor, positions: Tensor, new: Tensor) -> None:
     ring.view(-1, ring.shape[3]).index_copy_(0, _ring_rows(ring, positions), rows)
 
 
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def _check_dtype(kept: Tensor | None, new: Tensor) -> None:
     if kept is not None and kept.dtype != new.dtype:
         raise ValueError(
@@ -144,6 +148,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         middle: all keys and values, in a layer with middle tokens.
         keep_middle: "device" (of the layer) or "cpu".
         is_shared: whether other layers attend with these keys, too.
+        lost_gradients: whether keys or values had gradients when they came; what is kept has none.
     """
 
     is_sliding = False
@@ -158,6 +163,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
     ) -> None:
         super().__init__()
         self.is_shared = is_shared
+        self.lost_gradients = False
         self.keep_middle = keep_middle
         self.middle: MiddleStore | None = None
         self.settings = settings
@@ -305,7 +311,8 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         _check_dtype(self.ring_k, k)
-        self._store_globals(k, v, first)
+        self._check_gradients(q, k, v)
+        global_k, global_v = self._store_globals(k, v, first)
         if self.progress.seen:
             n_old = min(self.progress.seen, window - 1)
             old = first[:, None] + torch.arange(-n_old, 0, device=q.device)  # [B, n_old]
@@ -313,8 +320,8 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
             shared = {
                 "k_rotated": n_old if settings.rope is not None else 0,
                 "k_start": first - n_old,
-                "global_k": self.global_k,
-                "global_v": self.global_v,
+                "global_k": global_k,
+                "global_v": global_v,
             }
             all_k, all_v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         else:
@@ -325,18 +332,37 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         )
         if self.is_shared:
             self.shown = all_k, all_v, shared
-        self._store_ring(k, v, first)
+        self._store_ring(k.detach(), v.detach(), first)
         return self._with_middle(q, k, v, first, out, lse, given)
 
-    def _store_globals(self, k: Tensor, v: Tensor, first: Tensor) -> None:
-        """Writes those of the new tokens that stand at positions below n_global."""
+    def _check_gradients(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Notes what the cache keeps no gradients of, and refuses to go on from that."""
+        if not _wants_gradients(q, k, v):
+            return
+        if self.progress.seen == 0:
+            self.lost_gradients = False
+        if self.lost_gradients:
+            raise RuntimeError(
+                "a LambdaCache keeps keys and values without their gradients, and it holds tokens "
+                "whose gradients this forward would need; give all tokens to one forward, or read "
+                "the earlier ones under torch.no_grad()"
+            )
+        self.lost_gradients = k.requires_grad or v.requires_grad
+
+    def _store_globals(self, k: Tensor, v: Tensor, first: Tensor) -> list[Tensor]:
+        """Writes those of the new tokens that stand at positions below n_global. Returns the global
+        keys and values with the gradients of the new ones."""
         slots = torch.arange(self.settings.n_global, device=k.device)
         source = slots - first[:, None]  # [B, G]: which new token belongs to the slot
         is_new = ((source >= 0) & (source < k.shape[2]))[:, None, :, None]
         source = source.clamp(0, k.shape[2] - 1)[:, None, :, None]
+        now = []
         for kept, new in ((self.global_k, k), (self.global_v, v)):
             picked = new.gather(2, source.expand(-1, new.shape[1], -1, new.shape[3]))
-            kept.copy_(torch.where(is_new, picked, kept))
+            merged = torch.where(is_new, picked, kept)
+            kept.copy_(merged.detach())
+            now.append(merged if torch.is_grad_enabled() else kept)
+        return now
 
     def _store_ring(self, k: Tensor, v: Tensor, first: Tensor) -> None:
         """Rotates the last C new keys to their positions and writes them over the oldest.
