@@ -9,6 +9,7 @@ from cases import (
     OPTION_NAMES,
     biases,
     call,
+    check_gradients,
     check_lambda_attn,
     options,
     poisoned,
@@ -293,3 +294,28 @@ def test_references_that_move_within_a_tile(isa, dtype):
     bound = 2e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), truth, rtol=bound, atol=bound)
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_shapes(isa, shape, dtype):
+    seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, n_global, window, max_distance = shape
+    q, k, v = qkv(
+        seqlen_q, seqlen_k, heads_q=heads_q, heads_kv=heads_kv, head_dim=head_dim, dtype=dtype
+    )
+    score = options("rope" if head_dim > 1 else "none", heads_q, head_dim)
+    check_gradients(
+        "cpu", q, k, v, n_global=n_global, window=window, max_distance=max_distance, **score
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", OPTION_NAMES)
+def test_gradients_of_options(isa, option, dtype):
+    """Over several segments and blocks, with global keys beside."""
+    q, k, v = qkv(400, 410, heads_q=4, heads_kv=2, head_dim=48, dtype=dtype)
+    global_k, global_v = randn(9, *[(1, 2, 5, 48)] * 2, dtype=dtype)
+    check_gradients(
+        "cpu", q, k, v, n_global=5, window=137, max_distance=150, k_start=torch.tensor([200]),
+        global_k=global_k, global_v=global_v, **options(option, 4, 48, 150),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import GRADIENTS, OPTION_NAMES, options, qkv, randn
 from torch import Tensor
 
 from lminf_cuda import reference
@@ -369,3 +370,29 @@ def test_low_precision_stays_in_its_dtype(dtype):
     error = (out.double() - truth).abs().max()
     assert eps / 100 < error < 20 * eps
     assert (lse.double() - truth_lse).abs().max() < 20 * eps
+
+
+@pytest.mark.parametrize("option", OPTION_NAMES)
+@pytest.mark.parametrize("beside", [False, True], ids=["global keys in k", "global keys beside"])
+def test_gradients_by_autograd(option, beside):
+    """In float64, of every input that has one, with rows that see nothing and hidden distances."""
+    n_global, window, limit = 2, 3, 5
+    q, k, v = (x.double() for x in qkv(7, 9, batch=2, heads_q=4, heads_kv=2, head_dim=4))
+    given = {"q": q, "k": k, "v": v} | options(option, 4, 4, limit)
+    if beside:
+        given["global_k"], given["global_v"] = randn(5, *[(2, 2, n_global, 4)] * 2)
+    k_start = torch.tensor([3, 40]) if beside else torch.tensor([-4, 0])
+    fixed = {"n_global": n_global, "window": window, "max_distance": limit, "k_start": k_start}
+    fixed |= {name: given.pop(name) for name in list(given) if name not in GRADIENTS}
+    names = list(given)
+    hidden = [x == -INF for x in given.values()]
+    leaves = [x.double().masked_fill(h, 0.0) for x, h in zip(given.values(), hidden, strict=True)]
+
+    def f(*tensors):
+        tensors = [x.masked_fill(h, -INF) for x, h in zip(tensors, hidden, strict=True)]
+        out, lse = reference.lambda_attention(
+            **dict(zip(names, tensors, strict=True)), **fixed, return_lse=True
+        )
+        return out, lse.masked_fill(lse == -INF, 0.0)
+
+    assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in leaves])

@@ -2,6 +2,7 @@
 // these point into.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <list>
 #include <stdexcept>
@@ -46,7 +47,10 @@ struct Call {
   Copies copies;
 
   // The arguments outlive the call.
-  bool has_work() const { return outputs.front().numel() > 0; }
+  bool has_work() const {
+    return std::any_of(outputs.begin(), outputs.end(),
+                       [](const Tensor& output) { return output.numel() > 0; });
+  }
 };
 
 inline DType dtype_of(const Tensor& tensor) {

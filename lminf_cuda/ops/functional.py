@@ -53,7 +53,8 @@ def lambda_attention(
     The query at position i sees the key at position j, at distance d = i - j >= 0, when d < window
     or j < n_global, and meets it at distance min(d, max_distance) (docs/design.md section 2;
     LM-Infinite, arXiv 2308.16137, section 4). The queries are the last Sq of the Sk positions. Runs
-    on the CPU, and on CUDA devices in a build with CUDA kernels; there is no backward yet.
+    on the CPU, and on CUDA devices in a build with CUDA kernels. On the CPU q, k, v, global_k,
+    global_v, sink_logits and distance_bias have gradients, from out and from lse.
 
     Args:
         q: queries [B, Hq, Sq, D], un-rotated, float32, bfloat16 or float16. Any strides; a last
@@ -91,7 +92,8 @@ def lambda_attention(
     Raises:
         TypeError: an argument is not of the type in the signature.
         ValueError: shapes, dtypes, devices or values that break a rule above.
-        RuntimeError: an input requires a gradient while gradients are on.
+        RuntimeError: gradients are on, and alibi_slopes or inv_freq requires one, or anything on a
+            CUDA device.
 
     On a CUDA device the values of k_start and cu_seqlens are not checked.
     """

@@ -59,8 +59,8 @@ def _refuse_gradients(op: str, **constants: object) -> None:
 
 
 class _AtItsLevel(Function):
-    """A Function to be applied in an autograd kernel. A transform of torch.func has brought the call
-    to its own level by then, which `Function.apply` would want to do again."""
+    """A Function to be applied in an autograd kernel. A transform of torch.func has brought the
+    call to its own level by then, which `Function.apply` would want to do again."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
