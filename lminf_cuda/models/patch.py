@@ -117,9 +117,6 @@ class _Patch:
                 setattr(module, name, before)
         names = (SETTINGS_ATTRIBUTE, _PATCH_ATTRIBUTE, LAYER_ATTRIBUTE)
         for module in self.model.modules():
-            function = module.__dict__.get(CHECKPOINTS_BY)
-            if isinstance(function, InItsForward):
-                setattr(module, CHECKPOINTS_BY, function.original)
             for name in names:
                 if name in module.__dict__:
                     delattr(module, name)
