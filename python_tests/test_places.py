@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MOST = 10
+MOST = 15
 # Beside tests, results and what tells of past work.
 SOURCES = ("README.md", "docs/*.md", "csrc/**/*.*", "lminf_cuda/**/*.py")
 SUFFIXES = {".md", ".h", ".cpp", ".cu", ".cuh", ".py", ".pyi"}
