@@ -12,6 +12,7 @@ named.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -74,12 +75,16 @@ def contenders(shape: Shape, dtype: torch.dtype) -> dict[str, Callable[[], Any]]
     position = torch.arange(shape.length)
     i, j = position[:, None], position[None]
     mask = (i >= j) & ((i - j < shape.window) | (j < shape.n_global))
-    gqa = shape.heads != shape.kv_heads
-    for name, options in ((SDPA_CAUSAL, {"is_causal": True}), (SDPA_MASK, {"attn_mask": mask})):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        result = scaled_dot_product_attention(*leaves, enable_gqa=gqa, **options)  # type: ignore[arg-type]
-        calls[name] = lambda result=result, leaves=leaves: torch.autograd.grad(  # type: ignore[misc]
-            result, leaves, grad, retain_graph=True
+    peers: dict[str, dict[str, Any]] = {
+        SDPA_CAUSAL: {"is_causal": True},
+        SDPA_MASK: {"attn_mask": mask},
+    }
+    for name, options in peers.items():
+        leaves = q2, k2, v2 = [x.clone().requires_grad_() for x in (q, k, v)]
+        options["enable_gqa"] = shape.heads != shape.kv_heads
+        result = scaled_dot_product_attention(q2, k2, v2, **options)
+        calls[name] = functools.partial(
+            torch.autograd.grad, result, leaves, grad, retain_graph=True
         )
     return calls
 
