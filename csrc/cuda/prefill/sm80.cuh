@@ -109,7 +109,6 @@ __global__ void __launch_bounds__(Traits::kThreads)
   }
   __syncthreads();
   if (walk.tile.rows <= 0) return;
-  const int visits = walk.visits.end;
   auto issue = [&](int visit) {
     const BranchKeys<T>& keys = walk.branch_of(visit);
     const int64_t position = keys.position(walk.tile_of(visit));
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(Traits::kThreads)
   };
 
   // --- Q and the first tile of keys ---
-  if (visits > 0) {
+  if (walk.visits.end > 0) {
     const QueryTile& tile = walk.tile;
     const T* q = row_at<const T>(p.q, p.q_stride, tile.batch, tile.head, tile.first_row);
 #pragma unroll 4
@@ -138,10 +137,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
   // --- Far, near and window tiles, the next one always under way ---
   State state;
   const float slope = alibi_slope(p.score, walk.tile.head);
-  for (int visit = 0; visit < visits; ++visit) {
+  for (int visit = 0; visit < walk.visits.end; ++visit) {
     ptx::copy_async_wait<0>();
     __syncthreads();  // this tile is everybody's, and everybody has left the one before it
-    if (visit + 1 < visits) issue(visit + 1);
+    if (visit + 1 < walk.visits.end) issue(visit + 1);
     ptx::copy_async_commit();
 
     const int64_t first_query = walk.tile.positions.lo + recomputed(warp_row);
@@ -151,9 +150,10 @@ __global__ void __launch_bounds__(Traits::kThreads)
     }
     const BranchKeys<T>& keys = walk.branch_of(visit);
     const int64_t index = walk.tile_of(visit);
-    const QueryRows<true> rows{
-        p.score,     walk.tile.head,       slope,          keys.branch,
-        first_query, keys.position(index), p.max_distance, static_cast<int>(keys.tile_keys)};
+    const int n_keys = visit < walk.visits.near_end ? kGlobalN : Traits::kBlockN;
+    const QueryRows<true> rows{p.score,        walk.tile.head, slope,
+                               keys.branch,    first_query,    keys.origin + index * n_keys,
+                               p.max_distance, n_keys};
     const bool full = keys.tiles.full(index);
     if (visit < walk.visits.near_end) {
       attend<kGlobalN>(state, rows, full, q_tile, warp_row, k_stage(visit), v_stage(visit), lane);
