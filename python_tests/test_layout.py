@@ -81,7 +81,7 @@ def test_modules_import_from_below(name: str) -> None:
         assert list(imported(name, MODULES)) == []
 
 
-@pytest.mark.parametrize("folder", ["lminf_cuda", "tools", "benchmarks", "python_tests"])
+@pytest.mark.parametrize("folder", ["csrc", "lminf_cuda", "tools", "benchmarks", "python_tests"])
 def test_no_file_is_too_long(folder: str) -> None:
     endings = (".py", ".h", ".cpp", ".cuh", ".cu", ".sh")
     lengths = {

@@ -16,6 +16,7 @@ namespace lminf::cpu::LMINF_ISA {
 #include "lambda_attn.h"
 #include "backward/pack.h"
 #include "backward/scores.h"
+#include "backward/scratch.h"
 #include "backward/lambda_attn_backward.h"
 #include "decode_dot.h"
 #if LMINF_BF16
