@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -132,8 +133,8 @@ class _Patch:
 def patch_model(
     model: Model,
     *,
-    n_global: int = 16,
-    window: int | None = None,
+    n_global: int | Sequence[int] = 16,
+    window: int | Sequence[int | None] | None = None,
     max_distance: int | None = None,
     middle_top_k: int = 0,
     middle_from_layer: int = 4,
@@ -149,11 +150,14 @@ def patch_model(
         model: of one of the types in `FAMILIES`, or in `ENCODER_DECODERS` (T5), of which the
             decoder's self-attention is replaced; the encoder, which is not causal, and the
             cross-attention stay.
-        n_global: tokens at the beginning that are seen from everywhere; at least 0.
+        n_global: tokens at the beginning that are seen from everywhere; at least 0. A list has one
+            value for each layer.
         window: tokens, the query's own included, that are seen behind every query; at least 1. None
-            is the training length, or the shorter window over which all layers slide.
+            is the training length, or the shorter window over which all layers slide. A list has
+            one value for each layer, and None in it leaves a layer's attention full: it sees all
+            keys at their true distances, and its part of the cache grows with the text.
         max_distance: no larger distance enters the attention; at least `window`, which is the
-            default.
+            default. Full layers have none.
         middle_top_k: so many keys between the global tokens and the window, for each head those
             with the largest score, join the softmax of a forward's last query (middle.py; the paper
             takes 5). The cache then keeps all keys and values and grows with the text. 0: none.
@@ -173,23 +177,26 @@ def patch_model(
     patch: _Patch | None = getattr(decoder, _PATCH_ATTRIBUTE, None)
     description = describe(decoder, family) if patch is None else patch.description
     lengths = resolve_lengths(description, n_global, window, max_distance)
-    middle = resolve_middle(lengths[2], middle_top_k, middle_from_layer, middle_distance)
+    middle = resolve_middle(lengths.max_distance, middle_top_k, middle_from_layer, middle_distance)
+    asked_lengths = (lengths.n_global, lengths.window, lengths.max_distance)
     if patch is None:
         settings = LambdaSettings(
-            *lengths,
-            resolve_layers(description, *lengths),
+            *asked_lengths,
+            resolve_layers(description, lengths),
             *middle,
             description.recurrent_states,
             cross_attends=family.cross_attends,
             cross_layers=list(description.cross_attention),
             reads_once=family.reads_once,
+            by_layer=lengths.by_layer,
             shape=model_shape(decoder.config),
         )
         add_middle(settings)
         settings.seal()
         _Patch(model, description, settings)
         return model
-    asked, is_now = LambdaSettings(*lengths, [], *middle), patch.settings
+    asked = LambdaSettings(*asked_lengths, [], *middle, by_layer=lengths.by_layer)
+    is_now = patch.settings
     if str(asked) != str(is_now):
         raise ValueError(
             f"this {type(model).__name__} is patched with {is_now} and cannot be patched with "

@@ -57,6 +57,9 @@ def _difference(a: Any, b: Any) -> tuple[str, Any, Any] | None:
     return None if a == b else ("", a, b)
 
 
+FULL = 2**30  # the window and the max_distance of a layer that keeps full attention
+
+
 @dataclass(eq=False)
 class LayerSettings:
     """What one attention layer attends to, and how it rotates.
@@ -87,6 +90,11 @@ class LayerSettings:
     query_scale: Callable[[Tensor], Tensor] | None = None
     observer: Callable[[Tensor, Tensor, dict[str, Any]], None] | None = None
     _options: dict[torch.device, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it attends to all keys, at their true distances, and keeps them all."""
+        return self.window >= FULL
 
     def options(self, device: torch.device) -> dict[str, Any]:
         """The keyword arguments for lambda_attn and lambda_decode on tensors of `device`."""
@@ -127,7 +135,8 @@ class LambdaSettings:
     """What `patch_model` was asked for, and what follows from it for each layer.
 
     Attributes:
-        n_global, window, max_distance: of the layers that do not slide by themselves.
+        n_global, window, max_distance: of the layers that do not slide by themselves; where they
+            differ, the largest that are not full.
         layers: one entry per decoder layer, None for a layer without attention.
         recurrent_states: of each layer the number of convolution or recurrent states that it keeps;
             empty for a model that has none.
@@ -136,6 +145,7 @@ class LambdaSettings:
         cross_layers: those that attend to an image instead of the text, whose keys stay as they
             are.
         reads_once: the model takes several new tokens only while the cache is empty.
+        by_layer: each layer's n_global and window (None: full), where lists were asked for.
         shape: sizes of the model, by their names.
         fingerprint: the same for settings that are the same, in any process.
     """
@@ -151,6 +161,7 @@ class LambdaSettings:
     cross_attends: bool = False
     cross_layers: list[int] = field(default_factory=list)
     reads_once: bool = False
+    by_layer: list[tuple[int, int | None]] | None = None
     shape: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -200,6 +211,9 @@ class LambdaSettings:
 
     def __str__(self) -> str:
         text = f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+        if self.by_layer is not None:
+            n_globals, windows = map(list, zip(*self.by_layer, strict=True))
+            return f"n_global={n_globals}, window={windows}, max_distance={self.max_distance}"
         if self.middle_top_k == 0:
             return text
         return (

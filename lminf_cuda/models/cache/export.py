@@ -4,8 +4,8 @@ Its leaves are its tensors, and the two numbers that grow with the text as a ten
 step then serves a cache at any position. What remains is the tree's context, in plain values.
 Importing this registers the class with torch.utils._pytree.
 
-A cache with other layers than attention, or with middle tokens, is one leaf, which torch.export
-refuses by its name.
+A cache with other layers than attention, with full ones, or with middle tokens, is one leaf, which
+torch.export refuses by its name.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ _TAKEN_FROM = "_lminf_taken_from"
 
 
 class CacheThatCannotBeExported:
-    """One leaf: a cache with recurrent layers, with layers of an image, or with middle tokens."""
+    """One leaf: a cache with recurrent or full layers, layers of an image, or middle tokens."""
 
     def __init__(self, cache: LambdaCache) -> None:
         self.cache = cache
 
 
 def _is_fixed(settings: LambdaSettings) -> bool:
-    return not (settings.middle_top_k or settings.recurrent_states or settings.cross_layers)
+    is_full = any(layer is not None and layer.is_full for layer in settings.layers)
+    return not (
+        settings.middle_top_k or settings.recurrent_states or settings.cross_layers or is_full
+    )
 
 
 def _flatten_with_keys(

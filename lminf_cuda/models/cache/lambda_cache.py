@@ -26,9 +26,10 @@ ROLLBACK = 64  # tokens that crop() takes back at least once recording is on
 class LambdaCache(Cache, Writable):
     """A transformers cache of fixed size for a patched model: n_global + window tokens per layer.
 
-    Only for a model patched with `middle_top_k` it grows: the layers with middle tokens keep all
-    keys and values besides, 2 * key heads * head dim * element size bytes a token and layer (4 KiB
-    for 8 heads of 128 dims in bfloat16), in memory that doubles when it is full.
+    Layers whose attention stays full (None in `window`) grow with the text, in memory that doubles
+    when it is full, and so does what the layers of a model with `middle_top_k` keep besides, all
+    keys and values: 2 * key heads * head dim * element size bytes a token and layer (4 KiB for 8
+    heads of 128 dims in bfloat16).
 
     A forward with use_cache and `generate()` make one by themselves; make it yourself to keep it
     over several calls (multi-turn chat, chunks of a long text). An encoder-decoder takes it as the

@@ -8,6 +8,7 @@ The two of an attention layer are (docs/design.md sections 1 and 2):
 - the first `n_global` tokens, whose keys are un-rotated, since the distance at which they are met
   is clamped and so changes from query to query.
 
+A layer whose attention stays full has a ring that grows, so that a slot is a position.
 A model patched with `middle_top_k` keeps all keys and values besides (middle.py). A layer that
 attends with the keys of an earlier one keeps none, and what is not attention keeps the state that
 transformers itself would keep, of fixed size as well.
@@ -32,6 +33,8 @@ from ..compat import CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionL
 from ..middle import MiddleStore, add_middle_tokens
 from ..settings import LambdaSettings, LayerSettings
 from ..writable import Writable, writable
+
+FIRST_ROOM = 256  # slots of a full layer's ring at the beginning
 
 
 class Progress:
@@ -177,8 +180,28 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
 
     @property
     def capacity(self) -> int:
-        """Slots of the ring."""
+        """Slots of the ring; of a full layer so many as there are now."""
+        if self.settings.is_full:
+            return self.ring_k.shape[2] if self.is_initialized else FIRST_ROOM
         return self.settings.window + self.progress.slack
+
+    def _make_room(self, n_new: int) -> None:
+        """In a full layer, slots for `n_new` more tokens: twice as many as before, or more.
+
+        A slot is then its token's position, so that what is there stays where it is.
+        """
+        if not self.settings.is_full:
+            return
+        wanted, slots = self.progress.seen + n_new, self.ring_k.shape[2]
+        if wanted <= slots:
+            return
+        for name in ("ring_k", "ring_v"):
+            ring = getattr(self, name)
+            batch, heads, _, dim = ring.shape
+            with writable():
+                larger = ring.new_empty((batch, heads, max(2 * slots, wanted), dim))
+            larger[:, :, :slots] = ring
+            setattr(self, name, larger)
 
     def buffers(self) -> list[Tensor]:
         """The tensors that the layer keeps; none before its first use."""
@@ -241,6 +264,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         _check_dtype(self.ring_k, k)
+        self._make_room(1)
         out, lse = torch.ops.lminf.lambda_decode.default(
             q,
             k,
@@ -250,7 +274,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
             self.global_k,
             self.global_v,
             positions,
-            self.settings.window,
+            self.capacity if self.settings.is_full else self.settings.window,
             **options,
         )
         return self._with_middle(q, k, v, positions, out, lse, options)
@@ -311,6 +335,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         _check_dtype(self.ring_k, k)
+        self._make_room(k.shape[2])
         self._check_gradients(q, k, v)
         global_k, global_v = self._store_globals(k, v, first)
         if self.progress.seen:
@@ -412,7 +437,7 @@ class LambdaCacheLayer(CacheLayerMixin, Writable):
             slack: more than `progress.slack`.
             next_positions: int64 [B], tokens of each row so far.
         """
-        if not self.is_initialized:
+        if not self.is_initialized or self.settings.is_full:
             return
         n_old = min(self.progress.seen, self.capacity)
         columns = torch.arange(-n_old, 0, device=self.ring_k.device)
