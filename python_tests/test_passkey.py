@@ -217,3 +217,27 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(
     settings = json.loads((tmp_path / "b" / "passkey.json").read_text())["settings"]
     assert (settings["max_distance"], settings["chunk"]) == (16, 1024)
     assert settings["machine"]["threads"] and settings["transformers"]
+
+
+def test_layers_with_full_attention_are_a_method_with_its_memory(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = ("passkey", folder / "llama", "--lengths", "512", "--depths", "0", "--trials", 1)
+    code, output = lminf(
+        *command, "--window", 16, "--n-global", 4, "--full-layers", "1", "--vanilla",
+        "--dtype", "float32", "--out", tmp_path,
+    )  # fmt: skip
+    assert code == 0, output
+    with (tmp_path / "passkey.csv").open(newline="") as file:
+        sizes = {row["method"]: int(row["cache_bytes"]) for row in csv.DictReader(file)}
+    a_token = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 float32 numbers
+    assert sizes == {
+        "LM-Infinite": 2 * a_token * 20,
+        "LM-Infinite, full layers 1": a_token * (20 + 512),
+        "vanilla": 2 * a_token * 512,
+    }
+    code, output = lminf(*command, "--full-layers", "x")
+    assert code == 2 and "is no list of layers" in output
+    code, output = lminf(*command, "--full-layers", "2")
+    assert code == 2 and "the model's are 0 to 1" in output

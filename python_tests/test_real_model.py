@@ -125,12 +125,12 @@ def test_the_summary_says_what_the_files_say(tmp_path: Path) -> None:
         "LM-Infinite,16384,10.0,5.0,1048576\nvanilla,16384,25.0,20.0,8388608\n"
     )
     (tmp_path / "passkey" / "passkey.csv").write_text(
-        "method,length,depth,trials,found,accuracy\nvanilla,512,0.5,4,1,0.25\n"
+        "method,length,depth,trials,found,cache_bytes,accuracy\nvanilla,512,0.5,4,1,2097152,0.25\n"
     )
     (tmp_path / "first_tokens" / "tuning.csv").write_text(
         "n_global,max_distance,nats_per_token\n0,512,3.5\n0,8192,3.6\n16,512,2.5\n16,8192,2.6\n"
     )
     text = real_summary.summarize(tmp_path)
     assert "| 16,384 | 25.0 / 10.0 | 2.50 | 20.0 / 5.0 | 4.00 | 8 / 1 | 8.00 |" in text
-    assert "| vanilla | 25% |" in text
+    assert "| vanilla | 25% | 2 |" in text
     assert "| 0 | 3.500 | 3.600 |" in text and "| 16 | 2.500 | 2.600 |" in text

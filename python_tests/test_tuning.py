@@ -20,6 +20,7 @@ from lminf_cuda.evaluation.lengths import chunk_bounds
 from lminf_cuda.evaluation.plot_tuning import plot_tuning
 from lminf_cuda.evaluation.traces import stream
 from lminf_cuda.evaluation.tuning import Candidate, Shape, Tuning, tune
+from lminf_cuda.models.compat import cache_keyword
 from lminf_cuda.text.reading import read_text, tokenize
 
 pytestmark = pytest.mark.usefixtures("single_threaded")
@@ -107,7 +108,10 @@ def test_a_budget_of_memory_is_kept(shipped: Any) -> None:
     sizes = {}
     for shape in shapes:
         patch_model(shipped.model, n_global=shape.n_global, window=shape.window, max_distance=64)
-        sizes[shape] = tuning._cache_bytes(shipped.model, tokens[:1])
+        cache = LambdaCache(shipped.model)
+        with torch.no_grad():
+            shipped.model(tokens[None, :2], use_cache=True, **cache_keyword(shipped.model, cache))
+        sizes[shape] = cache.memory_bytes()
         unpatch_model(shipped.model)
     budget = sizes[Shape(4, 16, 64)]
     result = tune(shipped.model, tokens, shapes, max_bytes=budget)
@@ -152,7 +156,8 @@ def test_the_command_prints_the_line_to_paste(
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
     facts = json.loads((tmp_path / "tuning.json").read_text())
-    best = ", ".join(f"{name}={value}" for name, value in facts["best"].items())
+    names = ("n_global", "window", "max_distance")
+    best = ", ".join(f"{name}={facts['best'][name]}" for name in names)
     assert f"take: patch_model(model, {best})" in output
     assert facts["tokens_read"] == sum(int(row["tokens_read"]) for row in rows)
     assert (tmp_path / "tuning.png").stat().st_size > 0
@@ -160,3 +165,27 @@ def test_the_command_prints_the_line_to_paste(
     assert code == 2 and "too few for a window of 400" in output
     code, output = lminf(*command, "--window", "8", "--max-distance", "4")
     assert code == 2 and "no max_distance is as large" in output
+
+
+def test_full_layers_are_tried_and_their_memory_counts(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    command = ("tune", folder / "llama", "--text", folder / "text.txt", "--dtype", "float32")
+    code, output = lminf(
+        *(*command, "--n-global", "2", "--window", "8", "--max-distance", "8", "--chunk", 32),
+        *("--full-layers", "1", "--full-layers", "0,1", "--length", 128, "--out", tmp_path),
+    )
+    assert code == 2 and "None for every layer" in output
+    code, output = lminf(
+        *(*command, "--n-global", "2", "--window", "8", "--max-distance", "8", "--chunk", 32),
+        *("--full-layers", "1", "--length", 128, "--out", tmp_path, "--grid"),
+    )
+    assert code == 0, output
+    with (tmp_path / "tuning.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sizes = {row["full_layers"]: int(row["cache_bytes"]) for row in rows}
+    a_token = 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 float32 numbers
+    assert sizes == {"": 2 * a_token * 10, "1": a_token * (10 + 128)}
+    code, output = lminf(*command, "--full-layers", "7")
+    assert code == 2 and "the model's are 0 to 1" in output

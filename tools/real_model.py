@@ -240,10 +240,11 @@ PARTS = (
     part("diagnose", "the three factors out of distribution", 3, "diagnose --length 16384", "book"),
     part(
         "passkey",
-        "a number hidden in a text, with and without middle tokens",
-        4,
-        "passkey --lengths 1536,9216 --depths 0.1,0.5,0.95 --trials 3 --window 512 "
-        "--middle-top-k 5 --vanilla",
+        "a number hidden in a text, with middle tokens and with some layers full",
+        5,
+        "passkey --lengths 1536,9216 --depths 0.1,0.5,0.9 --trials 2 --window 512 "
+        "--middle-top-k 5 --vanilla --full-layers 4,9,14,19,24,29 "
+        "--full-layers 1,3,5,7,9,11,13,15,17,19,21,23,25,27,29",
     ),
     part(
         "tune",

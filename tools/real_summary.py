@@ -127,10 +127,12 @@ def passkey(out: Path) -> Iterator[str]:
     lines = []
     for method in dict.fromkeys(row["method"] for row in found):
         of = {(int(r["length"]), float(r["depth"])): r for r in found if r["method"] == method}
-        lines.append(
-            [method, *(f"{float(of[p]['accuracy']):.0%}" if p in of else "" for p in places)]
-        )
-    yield table(["method", *(f"{n:,} at {d:.0%}" for n, d in places)], lines)
+        sizes = {n: row["cache_bytes"] for (n, _), row in of.items()}
+        memory = " / ".join(f"{int(x) / 2**20:,.0f}" for x in sizes.values() if x)
+        found_there = (f"{float(of[p]['accuracy']):.0%}" if p in of else "" for p in places)
+        lines.append([method, *found_there, memory])
+    headings = ["method", *(f"{n:,} at {d:.0%}" for n, d in places), "cache, MiB"]
+    yield table(headings, lines)
 
 
 def tune(out: Path) -> Iterator[str]:

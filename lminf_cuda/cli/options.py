@@ -148,6 +148,17 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
+def parse_layers(text: str) -> list[int]:
+    """Numbers of layers from "0,15,29".
+
+    Raises ValueError when a part is no number.
+    """
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of layers; give numbers such as 0,15,29") from None
+
+
 def parse_depths(text: str) -> list[float]:
     """Depths from "0,0.5,1", or from a count such as "5": so many, evenly from 0 to 1.
 

@@ -34,6 +34,13 @@ def passkey(
     ] = False,
     middle_top_k: options.MiddleTopKOption = 0,
     middle_from_layer: options.MiddleFromLayerOption = 4,
+    full_layers: Annotated[
+        list[str],
+        typer.Option(
+            help="Ask once more with the attention of these layers full, such as 0,15,29; may be "
+            "given several times."
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
     n_global: options.NGlobalOption = 16,
     window: options.WindowOption = None,
     max_distance: options.MaxDistanceOption = None,
@@ -56,6 +63,10 @@ def passkey(
         prompts = retrieval.Prompts(loaded.tokenizer)
         wanted = wanted or prompts.default_lengths(trained_length(loaded.model, None))
         retrieval.check_grid(prompts, wanted, places)
+    with options.blamed("--full-layers"):
+        hybrids = [options.parse_layers(layers) for layers in full_layers]
+        for layers in hybrids:
+            retrieval.with_full_layers(loaded.model, {}, layers)
     make_folder(out)
     settings = run_facts(loaded) | resolved
     settings |= {
@@ -63,6 +74,7 @@ def passkey(
         "seed": seed,
         "chunk": chunk,
         "vanilla": vanilla,
+        "full_layers": hybrids,
         "lengths": wanted,
         "depths": places,
     }
@@ -81,6 +93,7 @@ def passkey(
         places,
         vanilla=vanilla,
         patch=patch,
+        full_layers=hybrids,
         known=known,
         after_each=write,
         trials=trials,

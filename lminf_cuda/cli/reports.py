@@ -130,7 +130,9 @@ def report_tuning(result: tuning.Tuning, settings: dict[str, Any], out: Path) ->
             f"{result.grid_tokens:,}",
             highlight=False,
         )
-        screen.print(f"take: patch_model(model, {result.best.shape})", highlight=False)
+        arguments = result.best.shape.arguments(settings["layers"])
+        line = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        screen.print(f"take: patch_model(model, {line})", highlight=False, soft_wrap=True)
     screen.print(f"table: {out / 'tuning.csv'}", highlight=False, soft_wrap=True)
     screen.print(f"plot:  {out / 'tuning.png'}", highlight=False, soft_wrap=True)
 

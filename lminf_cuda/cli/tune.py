@@ -36,6 +36,13 @@ def tune(
             "--max-distance", help="Default: the window and the training length, for each window."
         ),
     ] = None,
+    full_layers: Annotated[
+        list[str],
+        typer.Option(
+            help="Try each shape with the attention of these layers full, too, such as 0,15,29; "
+            "may be given several times."
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
     length: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of the text; default: 20 of the largest windows."),
@@ -67,7 +74,14 @@ def tune(
         distances = options.parse_lengths(max_distances) if max_distances is not None else None
     loaded = load(model, dtype, device)
     trained = trained_length(loaded.model, train_length)
-    shapes = tuning.shapes(counts, sizes or tuning.default_windows(trained), distances, trained)
+    n_layers = loaded.model.config.num_hidden_layers
+    with options.blamed("--full-layers"):
+        hybrids = [(), *(tuple(options.parse_layers(layers)) for layers in full_layers)]
+        for layers in hybrids:
+            if any(not 0 <= layer < n_layers for layer in layers):
+                raise ValueError(f"{layers} are no layers; the model's are 0 to {n_layers - 1}")
+    windows_tried = sizes or tuning.default_windows(trained)
+    shapes = tuning.shapes(counts, windows_tried, distances, trained, hybrids)
     with options.blamed("--n-global / --window / --max-distance"):
         if not shapes:
             raise ValueError("no max_distance is as large as its window; give larger ones")
@@ -96,6 +110,7 @@ def tune(
             chunk=chunk,
         )
     settings = run_facts(loaded, text) | {
+        "layers": n_layers,
         "length": wanted,
         "train_length": trained,
         "max_mebibytes": max_mebibytes,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lminf_cuda.evaluation.records import write_records
+from lminf_cuda.evaluation.traces import kept_bytes
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import GENERATION_CACHE
 from lminf_cuda.models.patch import patch_model, unpatch_model
@@ -46,12 +47,14 @@ class Cell:
         depth: where the key stands, 0 at the beginning and 1 at the end.
         trials: keys that were asked for.
         found: keys that were written.
+        cache_bytes: kept of one prompt.
     """
 
     length: int
     depth: float
     trials: int
     found: int
+    cache_bytes: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -189,6 +192,7 @@ def retrieve(
     check_grid(prompts, lengths, depths)
     generator = torch.Generator().manual_seed(seed)
     cells: list[Cell] = []
+    sizes = {length: kept_bytes(model, length) for length in set(lengths)}
     by_place = {(cell.length, cell.depth): cell for cell in known}
     grid = [(length, depth) for length in lengths for depth in depths]
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
@@ -204,10 +208,25 @@ def retrieve(
             answers = write_on(model, ids, prompts.answer_tokens(), chunk)
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             found = sum(text.strip().startswith(key) for text, key in zip(texts, keys, strict=True))
-            cells.append(Cell(length, depth, trials, found))
+            cells.append(Cell(length, depth, trials, found, sizes[length]))
             after_each(cells)
             bar.update(trials * length)
     return cells
+
+
+def with_full_layers(model: Any, patch: dict[str, Any], full: Sequence[int]) -> dict[str, Any]:
+    """The arguments of `patch_model` with the attention of some layers full.
+
+    Raises ValueError for a layer that is not there.
+    """
+    patch_model(model, **patch)
+    settings = getattr(model, SETTINGS_ATTRIBUTE)
+    unpatch_model(model)
+    n_layers = len(settings.layers)
+    if not all(0 <= index < n_layers for index in full):
+        raise ValueError(f"full layers are {list(full)}, and the model's are 0 to {n_layers - 1}")
+    windows = [None if index in full else settings.window for index in range(n_layers)]
+    return patch | {"window": windows}
 
 
 def compare(
@@ -218,6 +237,7 @@ def compare(
     *,
     vanilla: bool = False,
     patch: dict[str, Any],
+    full_layers: Sequence[Sequence[int]] = (),
     known: dict[str, list[Cell]] | None = None,
     after_each: Callable[[dict[str, list[Cell]]], object] = lambda results: None,
     **options: Any,
@@ -227,7 +247,8 @@ def compare(
     Args:
         model: an unpatched causal LM; it is unpatched again on return.
         vanilla: whether the unpatched model is asked, too.
-        patch: the arguments of `patch_model`.
+        patch: the arguments of `patch_model`, with a window that is a number.
+        full_layers: each adds a method, LM-Infinite with these layers' attention full.
         known: cells of each method that are there already, from the same arguments.
         after_each: called with all cells so far after each one.
         options: of `retrieve`.
@@ -239,6 +260,9 @@ def compare(
         methods["LM-Infinite, middle tokens"] = patch
     no_middle = {name: x for name, x in patch.items() if not name.startswith("middle_")}
     methods["LM-Infinite"] = no_middle
+    for full in full_layers:
+        name = f"LM-Infinite, full layers {', '.join(map(str, full))}"
+        methods[name] = with_full_layers(model, no_middle, full)
     if vanilla:
         methods["vanilla"] = None
     results: dict[str, list[Cell]] = {}
@@ -275,7 +299,7 @@ def read_unfinished(settings: dict[str, Any], folder: Path) -> dict[str, list[Ce
         facts = json.loads(path.read_text())
         if facts["finished"] or facts["settings"] != json.loads(json.dumps(settings)):
             return {}
-        names = ("length", "depth", "trials", "found")
+        names = ("length", "depth", "trials", "found", "cache_bytes")
         found: dict[str, list[Cell]] = {}
         for row in facts["cells"]:
             found.setdefault(row["method"], []).append(Cell(*(row[name] for name in names)))

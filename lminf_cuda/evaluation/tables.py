@@ -141,7 +141,10 @@ def tuning_table(result: Tuning) -> Table:
         box=SIMPLE_HEAD,
         collapse_padding=True,
     )
-    headings = ("n_global", "window", "max_distance", "tokens read", "loss", "above", "MiB", "ms")
+    headings = (
+        *("n_global", "window", "max_distance", "full layers"),
+        *("tokens read", "loss", "above", "MiB", "ms"),
+    )
     for heading in headings:
         table.add_column(heading, justify="right")
     read = [c for c in result.candidates if c.read > result.score_from]
@@ -152,6 +155,7 @@ def tuning_table(result: Tuning) -> Table:
             f"{c.shape.n_global}",
             f"{c.shape.window:,}",
             f"{c.shape.max_distance:,}",
+            ",".join(map(str, c.shape.full_layers)),
             f"{c.read:,}",
             f"{c.loss(result.score_from):.3f}",
             f"{result.above_best(c):+.3f}{' *' if c in front else ''}",

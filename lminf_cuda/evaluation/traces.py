@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from lminf_cuda.evaluation.lengths import baseline_windows
 from lminf_cuda.evaluation.machine import peak_rss_bytes, reset_peak_rss
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
+from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
 from lminf_cuda.text.progress import progress
 
 Window = tuple[int, int, int]  # see baseline_windows
@@ -72,6 +74,26 @@ def cache_memory(cache: Any) -> int:
         return cache.memory_bytes()
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.inference_mode()
+def kept_bytes(model: Any, n_tokens: int) -> int:
+    """What a cache of the model, patched or not, holds of one text of n_tokens."""
+    token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    if not hasattr(model, SETTINGS_ATTRIBUTE):
+        growing = DynamicCache(config=model.config)
+        model(input_ids=token, use_cache=True, **cache_keyword(model, growing))
+        return n_tokens * cache_memory(growing)
+    cache = LambdaCache(model)
+    model(input_ids=token, use_cache=True, **cache_keyword(model, cache))
+    total = 0
+    for layer in cache.attention_layers():
+        rings = (layer.ring_k, layer.ring_v)
+        a_token = sum(ring[:, :, 0].numel() * ring.element_size() for ring in rings)
+        total += a_token * (n_tokens if layer.settings.is_full else layer.settings.window)
+        total += a_token * layer.settings.n_global
+        total += a_token * n_tokens if layer.middle is not None else 0
+    return total
 
 
 def vanilla_memory(config: Any, n_tokens: int, chunk: int, element_size: int) -> int:

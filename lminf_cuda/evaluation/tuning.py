@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lminf_cuda.evaluation.lengths import chunk_bounds
 from lminf_cuda.evaluation.records import write_records
-from lminf_cuda.evaluation.traces import stream
+from lminf_cuda.evaluation.traces import kept_bytes, stream
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.compat import cache_keyword
 from lminf_cuda.models.patch import patch_model, unpatch_model
@@ -37,14 +37,24 @@ DECODE_STEPS = 8  # whose median is the time per token
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """Arguments of `patch_model`."""
+    """What the model is patched with; `full_layers` keep full attention."""
 
     n_global: int
     window: int
     max_distance: int
+    full_layers: tuple[int, ...] = ()
+
+    def arguments(self, n_layers: int) -> dict[str, Any]:
+        """Of `patch_model`."""
+        window: Any = self.window
+        if self.full_layers:
+            window = [None if n in self.full_layers else window for n in range(n_layers)]
+        return {"n_global": self.n_global, "window": window, "max_distance": self.max_distance}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in asdict(self).items())
+        text = f"n_global={self.n_global}, window={self.window}, max_distance={self.max_distance}"
+        full = ", ".join(map(str, self.full_layers))
+        return f"{text}, full layers {full}" if full else text
 
 
 @dataclass(eq=False)
@@ -53,7 +63,7 @@ class Candidate:
 
     Attributes:
         shape: what the model is patched with.
-        cache_bytes: of its cache, whatever the length of the text.
+        cache_bytes: of its cache, at the end of the text where layers are full.
         nats: float32 [tokens read - 1], the loss of each token but the first.
         seconds: spent reading.
         decode_seconds: median of a step that writes one token, after the stretch read last.
@@ -122,12 +132,14 @@ def shapes(
     windows: Sequence[int],
     max_distances: Sequence[int] | None,
     train_length: int,
+    full_layers: Sequence[tuple[int, ...]] = ((),),
 ) -> list[Shape]:
     """Every combination whose max_distance is at least its window; None: the window and the
     training length."""
     found = {
-        Shape(n_global, window, distance)
+        Shape(n_global, window, distance, full)
         for n_global in n_globals
+        for full in full_layers
         for window in windows
         for distance in (max_distances or (window, max(window, train_length)))
         if distance >= window
@@ -192,14 +204,6 @@ def choose(candidates: Sequence[Candidate], score_from: int) -> Candidate:
 
 
 @torch.inference_mode()
-def _cache_bytes(model: Any, token: Tensor) -> int:
-    """What the cache of a patched model takes; token int64 [1]."""
-    cache = LambdaCache(model)
-    model(input_ids=token[None], use_cache=True, **cache_keyword(model, cache))
-    return cache.memory_bytes()
-
-
-@torch.inference_mode()
 def _decode_seconds(model: Any, token: Tensor, cache: LambdaCache) -> float:
     """The median of a few steps that write one token; they are taken back. token int64 [1]."""
     times = []
@@ -218,7 +222,7 @@ def _read_on(
     model: Any, tokens: Tensor, candidate: Candidate, end: int, chunk: int, label: str
 ) -> None:
     """Reads up to `end` tokens and times some steps there."""
-    patch_model(model, **asdict(candidate.shape))
+    patch_model(model, **candidate.shape.arguments(model.config.num_hidden_layers))
     try:
         if candidate.cache is None:
             candidate.cache = LambdaCache(model)
@@ -267,9 +271,9 @@ def tune(
     tokens = tokens.to(model.device)
     everyone = [Candidate(shape) for shape in candidates]
     for candidate in everyone:
-        patch_model(model, **asdict(candidate.shape))
+        patch_model(model, **candidate.shape.arguments(model.config.num_hidden_layers))
         try:
-            candidate.cache_bytes = _cache_bytes(model, tokens[:1])
+            candidate.cache_bytes = kept_bytes(model, len(tokens))
         finally:
             unpatch_model(model)
         if max_bytes is not None and candidate.cache_bytes > max_bytes:
@@ -339,6 +343,7 @@ def write_results(result: Tuning, settings: dict[str, Any], folder: Path) -> Non
         rows.append(
             asdict(c.shape)
             | {
+                "full_layers": " ".join(map(str, c.shape.full_layers)),
                 "cache_bytes": c.cache_bytes,
                 "tokens_read": c.read,
                 "nats_per_token": round(c.loss(result.score_from), 5) if has_loss else None,
