@@ -117,6 +117,37 @@ def test_it_says_beforehand_how_long_it_takes(capsys: pytest.CaptureFixture[str]
     assert sum(part.minutes for part in real_model.PARTS) < 38
 
 
+def test_the_readme_s_tables_are_those_of_the_run(two_parts: Path, tmp_path: Path) -> None:
+    """Between the marks, and nothing else changes."""
+    rows = [
+        *("vanilla,16384,10,4.5,,,754974720,,,", "LM-Infinite,16384,10,3.25,,,188743680,,,0.0125"),
+        *(
+            "vanilla,32768,10,,,,,stopped at 20 tokens: x,,",
+            "LM-Infinite,32768,10,3.5,,,188743680,,,",
+        ),
+    ]
+    (two_parts / "lengths").mkdir(parents=True)
+    (two_parts / "lengths" / "evaluation.csv").write_text(
+        "method,length,tokens,nats_per_token,bits_per_byte,tokens_per_second,cache_bytes,note,"
+        "scored,above_cut\n" + "\n".join(rows) + "\n"
+    )
+    (two_parts / "lengths" / "evaluation.json").write_text(
+        json.dumps({"settings": {"model": "a model", "window": 8192}})
+    )
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{real_summary.BEGIN}\nold\n{real_summary.END}\nbelow\n")
+    for _ in range(2):
+        real_summary.write_readme(page, two_parts)
+    text = page.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| 16,384 | **4.500** | 3.250 | +0.013 | 720 | 180 |" in text
+    assert "| 32,768 | stopped | 3.500 |  |  | 180 |" in text
+    assert "stopped at 20 tokens: x." in text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="put them where the tables belong"):
+        real_summary.write_readme(page, two_parts)
+
+
 def test_the_summary_says_what_the_files_say(tmp_path: Path) -> None:
     for name in ("speed", "passkey", "first_tokens"):
         (tmp_path / name).mkdir()

@@ -327,6 +327,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="stop after so long; a later run goes on")
     parser.add_argument("--only", help="names of parts, with commas")
     parser.add_argument("--again", action="store_true", help="do what is done already, too")
+    parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
     parser.add_argument("--list", action="store_true", help="say what would run, and end")
     given = parser.parse_args(arguments)
     names = {part.name for part in PARTS}
@@ -364,9 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if time.monotonic() >= deadline or not run_part(part, command, folder, deadline, say):
             say(f"{given.seconds:g} s are up; run it again to go on from here")
             return
-    from real_summary import summarize
+    from real_summary import summarize, write_readme
 
     (given.out / "summary.md").write_text(summarize(given.out), encoding="utf-8")
+    if given.readme:
+        write_readme(ROOT / "README.md", given.out)
     say(f"{given.out / 'summary.md'}; all of it took {time.monotonic() - began:.0f} s")
 
 

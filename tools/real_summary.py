@@ -176,22 +176,68 @@ SECTIONS = {
     "What leads out of distribution": diagnose,
     "The shape": tune,
 }
+BEGIN, END = "<!-- written by real_model.py -->", "<!-- until here, by real_model.py -->"
+FOLDER = "benchmarks/results/real"
 
 
-def summarize(out: Path) -> str:
-    """All tables that are there, and the machine that they were made on."""
-    texts = ["# SmolLM2-135M-Instruct: what `make real` found"]
+def machine_of(out: Path) -> str:
+    """The machine and the versions of a run."""
     for path in sorted(out.glob("*/*.json")):
         settings = json.loads(path.read_text()).get("settings", {})
         if "machine" in settings:
             machine = settings["machine"]
-            texts.append(
+            return (
                 f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}, "
-                f"torch {machine['torch']}, {settings['dtype']}."
+                f"torch {machine['torch']}, {settings['dtype']}"
             )
-            break
+    return ""
+
+
+def minutes_of(out: Path) -> str:
+    """How long the parts took, where that is known."""
+    seconds = [json.loads(path.read_text())["seconds"] for path in out.glob("*/done.json")]
+    return f"{len(seconds)} parts in {sum(seconds) / 60:.0f} minutes" if seconds else ""
+
+
+def summarize(out: Path) -> str:
+    """All tables that are there, and the machine that they were made on."""
+    facts = ", ".join(filter(None, (machine_of(out), minutes_of(out))))
+    texts = ["# SmolLM2-135M-Instruct: what `make real` found", f"{facts}."]
     for title, section in SECTIONS.items():
         found = [text for text in section(out) if text]
         if found:
             texts += [f"## {title}", *found]
     return "\n\n".join(texts) + "\n"
+
+
+def headline(out: Path) -> str:
+    """What stands first in the project's README: a picture, the losses, the first tokens, speed."""
+    settings = json.loads((out / "lengths" / "evaluation.json").read_text())["settings"]
+    texts = [
+        f"![Loss by position and memory of {settings['model']}]({FOLDER}/lengths/evaluation.png)",
+        f"SmolLM2-135M-Instruct, trained by others on 8,192 tokens at a time, reads a book "
+        f"(`make real`; {machine_of(out)}). A row is the mean loss over the tokens after the "
+        "previous length; *above cut* compares with the unchanged model recomputed from scratch on "
+        "a context cut to the same window, on samples of the same tokens. "
+        f"[All tables]({FOLDER}/summary.md).",
+        *lengths(out),
+        "What the first tokens are worth, with a window of 512 (the paper's table 4):",
+        *first_tokens(out),
+        "Time and memory, vanilla / LM-Infinite with a window of 2,048. The paper has 3.16 times "
+        "for reading and 2.72 times for writing at 32k on a GPU, and 7.5 times the memory:",
+        *speed(out),
+    ]
+    return "\n\n".join(text for text in texts if text)
+
+
+def write_readme(path: Path, out: Path) -> None:
+    """Puts the headline between the marks in the README.
+
+    Raises ValueError when the marks are not there.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no {BEGIN} before {END}; put them where the tables belong")
+    path.write_text(f"{before}{BEGIN}\n{headline(out)}\n{END}{after}", encoding="utf-8")
