@@ -18,6 +18,7 @@ from lminf_cuda.cli import (
     chat,
     demo,
     diagnose,
+    eval,
     evaluate,
     generate,
     info,
@@ -46,6 +47,7 @@ for command in (
     info.info,
 ):
     app.command()(command)
+app.command("eval")(eval.evaluate_tasks)
 
 
 def main() -> None:

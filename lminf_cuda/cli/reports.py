@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lminf_cuda.cli.options import blamed
-from lminf_cuda.evaluation import diagnosis, model_speed, tuning
+from lminf_cuda.evaluation import diagnosis, documents, model_speed, tasks, tuning
 from lminf_cuda.evaluation.findings import mebibytes
 from lminf_cuda.evaluation.losses import Evaluation, write_results
 from lminf_cuda.evaluation.passkey import Cell
 from lminf_cuda.evaluation.passkey import write_results as write_passkeys
+from lminf_cuda.evaluation.records import write_records
 from lminf_cuda.evaluation.tables import (
     console,
     diagnosis_table,
+    documents_table,
     evaluation_table,
     passkey_table,
     speed_table,
+    tasks_table,
     tuning_table,
 )
 
@@ -146,3 +150,36 @@ def report_speed(rows: list[model_speed.SpeedRow], settings: dict[str, Any], out
     finally:
         screen.print(speed_table(rows))
     screen.print(f"table: {out / 'speed.csv'}", highlight=False, soft_wrap=True)
+
+
+def report_tasks(results: list[tasks.Result], settings: dict[str, Any], out: Path) -> None:
+    """As `report`, of tasks, without a plot."""
+    screen = console()
+    try:
+        with writing(out):
+            tasks.write_results(results, settings, out)
+    finally:
+        screen.print(tasks_table([asdict(result) for result in results], ("region", "prompts")))
+    screen.print(f"table: {out / 'tasks.csv'}", highlight=False, soft_wrap=True)
+
+
+def report_harness(scores: list[dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
+    """As `report`, of the tasks of lm-evaluation-harness, without a plot."""
+    screen = console()
+    try:
+        with writing(out):
+            write_records(out, "harness", scores, {"settings": settings, "scores": scores})
+    finally:
+        screen.print(tasks_table(scores, ("metric",)))
+    screen.print(f"table: {out / 'harness.csv'}", highlight=False, soft_wrap=True)
+
+
+def report_documents(rows: list[documents.LengthRow], settings: dict[str, Any], out: Path) -> None:
+    """As `report`, of a folder of documents, without a plot."""
+    screen = console()
+    try:
+        with writing(out):
+            documents.write_results(rows, settings, out)
+    finally:
+        screen.print(documents_table(rows))
+    screen.print(f"table: {out / 'documents.csv'}", highlight=False, soft_wrap=True)

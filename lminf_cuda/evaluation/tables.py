@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lminf_cuda.evaluation.diagnosis import LayerNumbers
+from lminf_cuda.evaluation.documents import LengthRow
 from lminf_cuda.evaluation.findings import difference_to_cut
 from lminf_cuda.evaluation.losses import CUT, LM_INFINITE, VANILLA, Evaluation, Row
 from lminf_cuda.evaluation.model_speed import SpeedRow
 from lminf_cuda.evaluation.passkey import Cell
 from lminf_cuda.evaluation.speed import BenchRow, Shape
+from lminf_cuda.evaluation.tasks import METHODS
 from lminf_cuda.evaluation.tuning import Tuning
 
 TABLE_WIDTH = 118  # columns where the output is not a terminal
@@ -183,6 +185,45 @@ def speed_table(rows: Sequence[SpeedRow]) -> Table:
             ):
                 cells += [format(value, form), f"{value / unit:.2f}"]
             table.add_row(f"{length:,}", row.method, *cells)
+    return table
+
+
+def tasks_table(results: Sequence[dict[str, Any]], more: Sequence[str]) -> Table:
+    """One line a task, a length where it has one and what `more` names; a column a method."""
+    names = [name for name in ("task", "length", *more) if name in results[0]]
+    table = Table(title="Scores", box=SIMPLE_HEAD, collapse_padding=True)
+    for name in names:
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for method in METHODS:
+        table.add_column(method, justify="right")
+    lines: dict[tuple[Any, ...], dict[str, float]] = {}
+    for result in results:
+        key = tuple(result[name] for name in names)
+        lines.setdefault(key, {})[result["method"]] = result["score"]
+    for key, scores in lines.items():
+        cells = [f"{x:,}" if isinstance(x, int) else str(x) for x in key]
+        table.add_row(*cells, *(f"{scores[m]:.3f}" if m in scores else "" for m in METHODS))
+    return table
+
+
+def documents_table(rows: Sequence[LengthRow]) -> Table:
+    """One line a length; means with their intervals, a column a method."""
+    table = Table(
+        title="Loss after the previous length (nats per token, 95% interval over documents)",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    table.add_column("tokens", justify="right")
+    table.add_column("documents", justify="right")
+    methods = list(dict.fromkeys(row.method for row in rows))
+    for method in methods:
+        table.add_column(method, justify="right")
+    for length in sorted({row.length for row in rows}):
+        of = {row.method: row for row in rows if row.length == length}
+        cells = [
+            f"{of[m].nats_per_token:.3f} ({of[m].low:.3f} to {of[m].high:.3f})" for m in methods
+        ]
+        table.add_row(f"{length:,}", f"{next(iter(of.values())).documents}", *cells)
     return table
 
 
