@@ -6,6 +6,7 @@ import csv
 import json
 import random
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import folder, lminf  # noqa: F401  (a fixture)
+from transformers import AutoTokenizer
 
 from lminf_cuda import patch_model
 from lminf_cuda.cli.loading import load
@@ -280,6 +282,9 @@ def test_a_task_of_the_harness_runs_with_every_method(
     folder: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder / "llama", model)
+    AutoTokenizer.from_pretrained(model, eos_token="!").save_pretrained(model)
     rows = [{"text": "In the beginning God ", "answer": answer} for answer in ("created", "made")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.yaml").write_text(
@@ -290,7 +295,7 @@ def test_a_task_of_the_harness_runs_with_every_method(
         "metric_list:\n  - metric: perplexity\n  - metric: acc\n"
     )
     code, output = lminf(
-        *("eval", folder / "llama", "--tasks", "own_task", "--include", tmp_path),
+        *("eval", model, "--tasks", "own_task", "--include", tmp_path),
         *("--lengths", "64", "--window", 8, "--chunk", 5, "--out", tmp_path / "out"),
     )
     assert code == 0, output

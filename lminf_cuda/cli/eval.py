@@ -97,15 +97,16 @@ def evaluate_tasks(
             )
         report_documents(rows, facts | {"documents": len(paths)}, out)
     if others:
-        scores = harness.run(
-            loaded.model,
-            loaded.tokenizer,
-            others,
-            patch=patch,
-            max_length=max(sizes),
-            train_length=trained,
-            chunk=chunk,
-            limit=limit,
-            include=include,
-        )
+        with options.blamed("MODEL / --tasks"):
+            scores = harness.run(
+                loaded.model,
+                loaded.tokenizer,
+                others,
+                patch=patch,
+                max_length=max(sizes),
+                train_length=trained,
+                chunk=chunk,
+                limit=limit,
+                include=include,
+            )
         report_harness([asdict(score) for score in scores], facts, out)

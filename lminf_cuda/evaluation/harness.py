@@ -96,8 +96,15 @@ def run(
         chunk: tokens per forward of the patched model.
         limit: prompts of a task; None: all.
         include: a folder with tasks of one's own.
+
+    Raises ValueError where the harness is not installed or the tokenizer has no end token.
     """
     check_installed()
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "lm-evaluation-harness needs a token that ends a text, and this tokenizer names none; "
+            "set its eos_token"
+        )
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
