@@ -211,6 +211,21 @@ def _packed_by_positions(position_ids: Tensor | None) -> Tensor | None:
     return torch.cat([begins, begins.new_tensor([position_ids.numel()])])
 
 
+def _marks_padding(kwargs: dict[str, Any]) -> bool:
+    """Whether attention_mask does."""
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and not bool((mask != 0).all())
+
+
+def _restarts(positions: Any, mask: Tensor) -> bool:
+    """Whether a position is 0 behind a row's first token: padding, too, mostly stands at 0."""
+    if mask.ndim != 2 or mask.shape[1] != positions.shape[1]:
+        return True
+    real = mask != 0
+    is_first = real & (real.cumsum(1) == 1)
+    return bool(((positions == 0) & real & ~is_first).any())
+
+
 def packed_sequences(
     kwargs: dict[str, Any], inputs: Tensor, cache: LambdaCache | None, refused: str | None
 ) -> Tensor | None:
@@ -247,7 +262,10 @@ def packed_sequences(
             )
         packed = packed.to(torch.int32)
     elif cache is None or cache.get_seq_length() == 0:
-        packed = _packed_by_positions(kwargs.get("position_ids"))
+        positions = kwargs.get("position_ids")
+        packed = _packed_by_positions(positions)
+        if packed is not None and _marks_padding(kwargs):
+            packed = packed if _restarts(positions, kwargs["attention_mask"]) else None
     if packed is None:
         return None
     what = "several sequences are packed into a row (by position_ids or cu_seq_lens_q)"
@@ -258,8 +276,7 @@ def packed_sequences(
             f"{what}, and a cache is in use, which holds one sequence a row; pass use_cache=False, "
             "or give each its own row"
         )
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and not bool((mask != 0).all()):
+    if _marks_padding(kwargs):
         raise ValueError(
             f"{what}, and attention_mask marks padding; leave the padding out of packed rows"
         )
