@@ -346,25 +346,6 @@ def test_clamped_rope(change, text):
     assert text in str(error.value)
 
 
-@pytest.mark.parametrize("which", ["q", "v", "sink_logits"])
-def test_gradients_are_refused(which):
-    arguments = {**attn_arguments(), "sink_logits": torch.zeros(HQ)}
-    arguments[which].requires_grad_()
-    for function in (torch.ops.lminf.lambda_attn, lminf_cuda.lambda_attention):
-        with pytest.raises(RuntimeError, match=r"lambda_attn has no backward yet.*torch\.no_grad"):
-            function(**arguments)
-        with torch.no_grad():
-            function(**arguments)
-
-
-def test_gradients_are_refused_by_clamped_rope():
-    x = torch.randn(1, 1, 2, 4, requires_grad=True)
-    arguments = (torch.arange(2), torch.rand(2))
-    with pytest.raises(RuntimeError, match="clamped_rope has no backward yet"):
-        torch.ops.lminf.clamped_rope(x, *arguments)
-    torch.ops.lminf.clamped_rope(x.detach(), *arguments)
-
-
 def test_tangents_are_refused():
     x = torch.randn(1, 2, 3, 4)
     rest = (torch.arange(3), torch.rand(2))

@@ -129,12 +129,14 @@ def test_a_row_of_padding_alone_beyond_the_window() -> None:
         model(new[:, :1], attention_mask=mask, position_ids=wrong, **cache_keyword(model, cache))
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "phi3", "gptj"])
-def test_packed_rows_are_refused(name: str, use_cache: bool) -> None:
-    """transformers makes masks of position_ids that start again; they are never ignored here."""
+def test_packed_rows_are_never_one_sequence(name: str) -> None:
+    """transformers makes masks of position_ids that start again: each sequence knows nothing of the
+    others. A cache holds one sequence a row."""
     model, ids = patched(name), tokens(1, 12)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
-    arguments: dict[str, Any] = {"position_ids": positions, "use_cache": use_cache}
-    with pytest.raises(ValueError, match=r"position_ids of row 0 .*Sequences packed into one row"):
-        model(ids, **arguments)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    alone = [model(part, use_cache=False).logits for part in ids.split([5, 7], dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1))
+    with pytest.raises(ValueError, match=r"packed into a row .* a cache is in use"):
+        model(ids, position_ids=positions, use_cache=True)
