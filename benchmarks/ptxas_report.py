@@ -161,7 +161,9 @@ def main() -> int:
         )
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
+            writer = csv.DictWriter(
+                file, [field.name for field in fields(Kernel)], lineterminator="\n"
+            )
             writer.writeheader()
             writer.writerows(asdict(kernel) for kernel in kernels)
     failed = any(kernel.fault and kernel.architecture in SHAPED_FOR for kernel in kernels)
