@@ -328,7 +328,8 @@ def assert_gradient_right(
         size = max(1.0, truth.abs().max().item())
         max_bound, mean_bound = FLOAT32_GRAD_MAX * size, FLOAT32_GRAD_MEAN * size
     else:
-        unit = torch.finfo(dtype).eps * truth.abs() / 4  # as in assert_right
+        # As in assert_right; but of a handful of sums over all queries the yardstick may be lucky.
+        unit = torch.finfo(dtype).eps * truth.abs() * (1.0 if truth.numel() < 32 else 0.25)
         yardstick = (eager.double() - truth).abs()
         max_bound = 3 * yardstick.max().item() + unit.max().item()
         mean_bound = 1.5 * yardstick.mean().item() + unit.mean().item()
