@@ -94,8 +94,8 @@ def test_the_snippets_of_the_readme_run(n: int, tmp_path: Path, monkeypatch: Any
 
 
 def test_the_first_screen() -> None:
-    """A sentence, the plot, how to install, six lines of code, and what was measured."""
-    order = ["LM-Infinite", ".png)", "make demo", "```python", "| tokens up to |", "## "]
+    """A sentence, the plot, what was measured, how to install, and six lines of code."""
+    order = ["LM-Infinite", ".png)", "| tokens up to |", "make demo", "```python", "## "]
     places = [README.index(mark) for mark in order]
     assert places == sorted(places)
     assert len([line for line in SNIPPETS[0].splitlines() if line]) == 6
