@@ -192,11 +192,11 @@ def retrieve(
     check_grid(prompts, lengths, depths)
     generator = torch.Generator().manual_seed(seed)
     cells: list[Cell] = []
-    sizes = {length: kept_bytes(model, length) for length in set(lengths)}
     by_place = {(cell.length, cell.depth): cell for cell in known}
     grid = [(length, depth) for length in lengths for depth in depths]
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     with progress(trials * len(depths) * sum(lengths), label, "tok") as bar:
+        sizes = {length: kept_bytes(model, length) for length in set(lengths)}
         for length, depth in grid:
             draws = torch.randint(low, high, (trials,), generator=generator, device="cpu")
             keys = [str(key) for key in draws.tolist()]
