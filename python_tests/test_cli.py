@@ -645,7 +645,7 @@ STEPS = {
     "loading": (loading.AutoTokenizer, "from_pretrained", "generate", "loading llama"),
     "prompt": (LlamaForCausalLM, "forward", "generate", "prompt"),
     "turn": (LlamaForCausalLM, "forward", "chat", "reading"),
-    "evaluation": (LlamaForCausalLM, "forward", "evaluate", "LM-Infinite"),
+    "evaluation": (LlamaForCausalLM, "forward", "evaluate", "estimating the time"),
     "passkeys": (LlamaForCausalLM, "forward", "passkey", "LM-Infinite"),
     "first calls": (speed, "lambda_attention", "bench", "the first call of each peer.*"),
     "tokens": (PreTrainedTokenizerFast, "__call__", "generate", "tokenizing 440 characters"),

@@ -34,6 +34,7 @@ from lminf_cuda.evaluation.traces import Trace, recompute, stream, vanilla_memor
 from lminf_cuda.models.cache import LambdaCache
 from lminf_cuda.models.patch import patch_model, unpatch_model
 from lminf_cuda.models.settings import SETTINGS_ATTRIBUTE
+from lminf_cuda.text.progress import waiting
 from lminf_cuda.text.reading import Text
 
 VANILLA, LM_INFINITE, CUT = "vanilla", "LM-Infinite", "cut"
@@ -282,7 +283,8 @@ def evaluate(
     }
     result = Evaluation(list(lengths), train_length, settings, {})
     n_read = sum(end - 1 - start for start, _, end in windows) if cut else 0
-    per_token = _seconds_per_token(model, tokens, chunk)
+    with waiting("estimating the time"):
+        per_token = _seconds_per_token(model, tokens, chunk)
     say(_estimates(per_token, len(tokens), n_read, cut_seconds, vanilla_seconds))
 
     def read_patched() -> Trace:
