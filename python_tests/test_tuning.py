@@ -189,3 +189,8 @@ def test_full_layers_are_tried_and_their_memory_counts(
     assert sizes == {"": 2 * a_token * 10, "1": a_token * (10 + 128)}
     code, output = lminf(*command, "--full-layers", "7")
     assert code == 2 and "the model's are 0 to 1" in output
+
+
+def test_a_window_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="window is 0; it must be at least 1"):
+        tuning.shapes([1], [0], None, 256)

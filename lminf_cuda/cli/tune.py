@@ -81,8 +81,8 @@ def tune(
             if any(not 0 <= layer < n_layers for layer in layers):
                 raise ValueError(f"{layers} are no layers; the model's are 0 to {n_layers - 1}")
     windows_tried = sizes or tuning.default_windows(trained)
-    shapes = tuning.shapes(counts, windows_tried, distances, trained, hybrids)
     with options.blamed("--n-global / --window / --max-distance"):
+        shapes = tuning.shapes(counts, windows_tried, distances, trained, hybrids)
         if not shapes:
             raise ValueError("no max_distance is as large as its window; give larger ones")
     largest = max(shape.window for shape in shapes)

@@ -135,7 +135,9 @@ def shapes(
     full_layers: Sequence[tuple[int, ...]] = ((),),
 ) -> list[Shape]:
     """Every combination whose max_distance is at least its window; None: the window and the
-    training length."""
+    training length. Raises ValueError for a window below 1."""
+    if min(windows, default=1) < 1:
+        raise ValueError(f"window is {min(windows)}; it must be at least 1 (the query's own key)")
     found = {
         Shape(n_global, window, distance, full)
         for n_global in n_globals
